@@ -1,0 +1,47 @@
+"""Mixture-of-experts layer: router, routed experts, shared expert."""
+
+import torch
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+
+from bitmoe.layers.context import LayerContext
+from bitmoe.layers.dispatch import Dispatch
+from bitmoe.layers.experts import RoutedExperts
+from bitmoe.layers.feed_forward import FeedForward
+from bitmoe.layers.router import Router
+from bitmoe.layers.sharding import ShardedParameters
+
+# Shapes: S = sequence (this rank's slice under sequence parallelism), B = batch, T = S*B, H = hidden, E = experts.
+
+
+class MoELayer(torch.nn.Module, ShardedParameters):
+    """Each token goes to its top-K routed experts and, where there is one, through the shared expert.
+
+    Args:
+        config: megatron-core's TransformerConfig.
+        context: model, policy and groups.
+    """
+
+    def __init__(self, config, context: LayerContext):
+        super().__init__()
+        self.groups = context.groups
+        self.router = Router(config, context.groups.mcore, context.policy.deterministic)
+        self.experts = RoutedExperts(context)
+        size = context.moe.shared_expert_size
+        self.shared_experts = FeedForward(size, context) if size else None
+        num_local = context.moe.num_experts // self.groups.ep.size()
+        first = self.groups.ep.rank() * num_local
+        self.dispatcher = MoEAlltoAllTokenDispatcher(
+            num_local, list(range(first, first + num_local)), config=config, pg_collection=context.groups.mcore
+        )
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Tell the router which layer it balances."""
+        self.router.set_layer_number(layer_number)
+
+    def forward(self, x_SBH: torch.Tensor) -> torch.Tensor:
+        """[S, B, H] to the same shape."""
+        probs_TE, routing_map_TE = self.router(x_SBH)
+        dispatch = Dispatch(self.dispatcher, routing_map_TE)
+        y_RH = self.experts(x_SBH.flatten(0, -2), dispatch)
+        y_SBH = dispatch.combine(y_RH, probs_TE).view_as(x_SBH)
+        return y_SBH if self.shared_experts is None else y_SBH + self.shared_experts(x_SBH)

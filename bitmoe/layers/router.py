@@ -1,0 +1,31 @@
+"""megatron-core's top-K router with a gate of our own.
+
+The original's gate needs Transformer Engine's GEMM. This one multiplies in fp32 whatever the model's dtype, and in fp64
+rounded once when the run is deterministic, so that logits do not depend on how many tokens a rank sees.
+"""
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.router import TopKRouter
+
+# Shapes: S = sequence, B = batch, H = hidden, E = experts.
+
+
+class Router(TopKRouter):
+    """Chooses experts and probabilities for each token; its weight is never quantized.
+
+    Args:
+        config: megatron-core's TransformerConfig, which holds top-k, score function and balancing.
+        pg_collection: megatron-core's process groups.
+        deterministic: multiply in fp64 and round once.
+    """
+
+    def __init__(self, config, pg_collection: ProcessGroupCollection, deterministic: bool):
+        super().__init__(config, pg_collection=pg_collection)
+        self.deterministic = deterministic
+
+    def gating(self, x_SBH: torch.Tensor) -> torch.Tensor:
+        """Router logits [S, B, E] of normalized tokens [S, B, H], in fp32 (fp64 for fp64)."""
+        dtype = torch.promote_types(x_SBH.dtype, torch.float32)
+        compute_dtype = torch.float64 if self.deterministic else dtype
+        return torch.nn.functional.linear(x_SBH.to(compute_dtype), self.weight.to(compute_dtype)).to(dtype)

@@ -1,0 +1,49 @@
+"""One transformer layer: norm, attention, residual; norm, FFN or MoE, residual.
+
+The layer is ours, not megatron-core's: that one hands its sub-modules arguments that change from release to release.
+megatron-core's TransformerBlock builds it, numbers it, recomputes it and checkpoints it like its own.
+"""
+
+import torch
+from megatron.core.transformer.transformer_layer import BaseTransformerLayer, get_transformer_layer_offset
+
+from bitmoe.layers.attention import SelfAttention
+from bitmoe.layers.context import LayerContext
+from bitmoe.layers.feed_forward import FeedForward
+from bitmoe.layers.moe import MoELayer
+from bitmoe.layers.norm import RMSNorm
+from bitmoe.layers.sharding import ShardedParameters
+
+# Shapes: S = sequence (this rank's slice under sequence parallelism), B = batch, H = hidden.
+
+
+class TransformerLayer(torch.nn.Module, BaseTransformerLayer, ShardedParameters):
+    """A pre-norm layer, dense or MoE.
+
+    Args:
+        config: megatron-core's TransformerConfig.
+        context: model, policy and groups.
+        layer_number: 1-based number inside this pipeline stage's chunk.
+        pg_collection: megatron-core's process groups (ignored: ``context`` has them).
+        vp_stage: which model chunk of a virtual pipeline this layer belongs to.
+    """
+
+    def __init__(self, config, context: LayerContext, layer_number: int, pg_collection=None, vp_stage: int | None = None):
+        super().__init__()
+        self.groups = context.groups
+        self.layer_number = layer_number + get_transformer_layer_offset(config, vp_stage, context.groups.pp.rank())
+        self.input_layernorm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
+        self.self_attention = SelfAttention(config, context)
+        self.pre_mlp_layernorm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
+        if context.moe.num_experts:
+            self.mlp = MoELayer(config, context)
+            self.mlp.set_layer_number(self.layer_number)
+        else:
+            self.mlp = FeedForward(context.model.ffn_hidden_size, context)
+
+    def forward(
+        self, hidden_states: torch.Tensor, rotary_pos_emb: torch.Tensor, context: torch.Tensor | None = None, **unused
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[S, B, H] to the same shape; ``context`` is passed through, the arguments of other architectures ignored."""
+        x_SBH = hidden_states + self.self_attention(self.input_layernorm(hidden_states), rotary_pos_emb)
+        return x_SBH + self.mlp(self.pre_mlp_layernorm(x_SBH)), context

@@ -1,0 +1,1 @@
+"""From configuration to model: translation to megatron-core, specs, initial values, counts, plans."""

@@ -1,0 +1,1 @@
+"""How ranks are arranged: the arithmetic of layouts and the process groups they become."""

@@ -1,0 +1,97 @@
+"""Process groups: started here, read here, and handed to layers as arguments.
+
+The only module that touches megatron-core's ``parallel_state``. Everything below gets a ``Groups`` or a single
+process group.
+"""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from bitmoe.config.schema import ParallelConfig
+from bitmoe.parallel import cpu_bridge
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The process groups a model's layers work with, by what is split over them."""
+
+    tp: dist.ProcessGroup
+    """Tensor parallel: attention, dense FFN, embedding."""
+    pp: dist.ProcessGroup
+    """Pipeline stages."""
+    dp: dist.ProcessGroup
+    """Data parallel replicas of non-expert parameters."""
+    ep: dist.ProcessGroup
+    """Expert parallel: whole experts."""
+    etp: dist.ProcessGroup
+    """Expert tensor parallel: slices of one expert."""
+    edp: dist.ProcessGroup
+    """Data parallel replicas of expert parameters."""
+    mcore: ProcessGroupCollection
+    """The same and more, in megatron-core's own container."""
+
+
+def local_device() -> torch.device:
+    """The device of this rank: its GPU where CUDA exists, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
+
+
+def start(timeout_minutes: float = 30.0) -> None:
+    """Join the default process group (NCCL on GPUs, gloo on CPUs) from the environment torchrun sets."""
+    cpu_bridge.install()
+    if dist.is_initialized():
+        return
+    device = local_device()
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+        timeout=timedelta(minutes=timeout_minutes),
+        device_id=device if on_gpu else None,
+    )
+
+
+def make_groups(parallel: ParallelConfig) -> Groups:
+    """Make megatron-core's process groups for this layout, replacing those of a former one.
+
+    Args:
+        parallel: a validated layout; the world size must be a multiple of what it needs.
+    """
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor,
+    )
+    # Layers fork this tracker even where nothing is drawn from it (no dropout in this model).
+    model_parallel_cuda_manual_seed(1)
+    collection = ProcessGroupCollection.use_mpu_process_groups()
+    return Groups(
+        tp=collection.tp,
+        pp=collection.pp,
+        dp=collection.dp_cp,
+        ep=collection.ep,
+        etp=collection.expt_tp,
+        edp=collection.expt_dp,
+        mcore=collection,
+    )
+
+
+def stop() -> None:
+    """Leave all process groups."""
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()

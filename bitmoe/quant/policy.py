@@ -1,0 +1,58 @@
+"""What every quantized layer must agree on: groups, the current bit stage, and the number of the parameter value.
+
+One ``QuantPolicy`` is made per model and handed to its layers. The trainer moves it: ``stage`` follows the bit
+schedule, ``parameters_changed()`` is called after every optimizer step and every load, and makes the layers' ternary
+codes stale.
+"""
+
+from bitmoe.config.schema import ActFormat, BitStage, QuantConfig, WeightFormat
+from bitmoe.quant.statistics import QuantStatistics
+
+
+class QuantPolicy:
+    """Groups, formats by role and the parameter epoch of one model.
+
+    Args:
+        config: the quantization group of the configuration.
+        deterministic: add partial sums in one fixed order in every layout (``run.deterministic``).
+    """
+
+    def __init__(self, config: QuantConfig, deterministic: bool = False):
+        self.groups = config.groups
+        self.is_ternary = config.weights is WeightFormat.ternary
+        self.deterministic = deterministic
+        self.stage: BitStage = config.stages[0]
+        self.epoch = 0
+        self.statistics = QuantStatistics()
+
+    def parameters_changed(self) -> None:
+        """Tell the layers that parameters have new values, so that codes are made again when next needed."""
+        self.epoch += 1
+
+    def act_format(self, role: str) -> ActFormat:
+        """Format of the input of ``role`` (qkv, o, gate_up or down) at the current stage."""
+        return getattr(self.stage, role)
+
+    def keep(self, role: str) -> float:
+        """Share of the input of ``role`` that top-K keeps; 1 means all."""
+        return self.stage.o_keep if role == "o" else 1.0
+
+
+def split_groups(groups: int, ranks: int) -> tuple[int, bool]:
+    """How the G groups of a linear lie on the ranks its features are split over.
+
+    Args:
+        groups: quantization groups G of the whole linear.
+        ranks: size of the tensor-parallel group; divides G, or G is 1.
+
+    Returns:
+        Groups this rank owns whole (1 if it owns part of one), and whether its group spans all ranks.
+
+    Raises:
+        ValueError: G is neither 1 nor a multiple of ``ranks``.
+    """
+    if groups % ranks == 0:
+        return groups // ranks, False
+    if groups == 1:
+        return 1, True
+    raise ValueError(f"quant.groups = {groups} is neither 1 nor a multiple of {ranks} tensor-parallel ranks")

@@ -1,0 +1,1 @@
+"""Training: starting ranks, the loop, schedules, checkpoints and what a run reports."""

@@ -1,0 +1,138 @@
+"""Public activation quantizers: check the arguments, then run the reference.
+
+Every function takes [..., D] in bf16, fp16, fp32 or fp64 and computes in fp32; for fp64 input it computes
+in fp64 and returns an fp64 scale. On CPU, NaN or Inf raises ValueError; on other devices, where looking would
+make the device wait, such a token (or group) gets a NaN scale and codes 0, so that the loss becomes NaN.
+Not here: the straight-through gradient, which belongs to the linear that multiplies the codes.
+"""
+
+# Shapes: T = tokens (any leading dimensions), D = features, G = groups of features.
+
+import torch
+
+from bitmoe_kernels.act_quant.reference import (
+    int8_codes_reference,
+    int8_scale_reference,
+    quantize_fp4_reference,
+    quantize_int4_reference,
+    quantize_int8_reference,
+)
+from bitmoe_kernels.validation import check_features, check_floating, check_groups, raise_on_nonfinite
+
+
+@torch.no_grad()
+def quantize_int4(x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize each token to INT4 by its mean magnitude (BitNet a4.8, eq. 7).
+
+    Args:
+        x_TD: activations [..., D].
+
+    Returns:
+        codes: int8 [..., D] in [-8, 7].
+        scale: [..., 1] = mean|x| / sqrt(7), the mean at least 1e-5.
+
+    Raises:
+        TypeError: not a floating-point tensor.
+        ValueError: no feature, or (on CPU) NaN or Inf.
+    """
+    check_features(x_TD, "x")
+    codes_TD, scale_T1 = quantize_int4_reference(x_TD)
+    raise_on_nonfinite(scale_T1, x_TD, "x")
+    return codes_TD, scale_T1
+
+
+@torch.no_grad()
+def quantize_int8(x_TD: torch.Tensor, groups: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize each token and group of features to INT8 by its largest magnitude (BitNet a4.8, eq. 3).
+
+    Args:
+        x_TD: activations [..., D].
+        groups: number G of equal contiguous blocks of features, each with its own scale.
+
+    Returns:
+        codes: int8 [..., D].
+        scale: [..., G] = max|x| / 127, the maximum at least 1e-5.
+
+    Raises:
+        TypeError: not a floating-point tensor.
+        ValueError: no feature, ``groups`` not a divisor of D, or (on CPU) NaN or Inf.
+    """
+    check_features(x_TD, "x")
+    check_groups(groups, x_TD.shape[-1], "features")
+    codes_TD, scale_TG = quantize_int8_reference(x_TD, groups)
+    raise_on_nonfinite(scale_TG, x_TD, "x")
+    return codes_TD, scale_TG
+
+
+@torch.no_grad()
+def quantize_fp4(x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize each token to FP4 E2M1 by its largest magnitude (BitNet a4.8, eq. 8).
+
+    The E2M1 grid is 0, 0.5, 1, 1.5, 2, 3, 4, 6 and its negatives. The codes hold twice the grid value, so
+    that they are integers and ``x ~ codes * scale`` holds as for every other format.
+
+    Args:
+        x_TD: activations [..., D].
+
+    Returns:
+        codes: int8 [..., D], each 0, 1, 2, 3, 4, 6, 8, 12 or its negative.
+        scale: [..., 1] = max|x| / 12, the maximum at least 1e-5.
+
+    Raises:
+        TypeError: not a floating-point tensor.
+        ValueError: no feature, or (on CPU) NaN or Inf.
+    """
+    check_features(x_TD, "x")
+    codes_TD, scale_T1 = quantize_fp4_reference(x_TD)
+    raise_on_nonfinite(scale_T1, x_TD, "x")
+    return codes_TD, scale_T1
+
+
+@torch.no_grad()
+def int8_scale(absmax_TG: torch.Tensor) -> torch.Tensor:
+    """Turn largest magnitudes into INT8 scales: first half of :func:`quantize_int8`.
+
+    Ranks that hold parts of a group take the maximum of their ``absmax_TG`` before they call this.
+
+    Args:
+        absmax_TG: largest |x| [..., G] per token and group, over all ranks that share the group.
+
+    Returns:
+        scale [..., G] = absmax / 127, with absmax at least 1e-5; fp32, or fp64 for fp64 input.
+
+    Raises:
+        TypeError: not a floating-point tensor.
+        ValueError: (on CPU) NaN or Inf.
+    """
+    check_floating(absmax_TG, "absmax")
+    scale_TG = int8_scale_reference(absmax_TG)
+    raise_on_nonfinite(scale_TG, absmax_TG, "absmax")
+    return scale_TG
+
+
+@torch.no_grad()
+def int8_codes(x_TD: torch.Tensor, scale_TG: torch.Tensor) -> torch.Tensor:
+    """Round to INT8 codes under given scales: second half of :func:`quantize_int8`.
+
+    Args:
+        x_TD: activations [..., D].
+        scale_TG: [..., G] from :func:`int8_scale` of these activations; G equal blocks of the D features.
+
+    Returns:
+        int8 [..., D].
+
+    Raises:
+        TypeError: a tensor that is not floating point.
+        ValueError: shapes that do not fit, or (on CPU) NaN or Inf in either tensor.
+    """
+    check_features(x_TD, "x")
+    check_floating(scale_TG, "scale")
+    if scale_TG.dim() != x_TD.dim() or scale_TG.shape[:-1] != x_TD.shape[:-1]:
+        raise ValueError(
+            f"scale of shape {list(scale_TG.shape)} does not fit x of shape {list(x_TD.shape)}: "
+            f"it must be {[*x_TD.shape[:-1], 'groups']}"
+        )
+    check_groups(scale_TG.shape[-1], x_TD.shape[-1], "features")
+    raise_on_nonfinite(x_TD, x_TD, "x")
+    raise_on_nonfinite(scale_TG, scale_TG, "scale")
+    return int8_codes_reference(x_TD, scale_TG)

@@ -1,0 +1,47 @@
+"""What every test shares: the environment, the pools of ranks, and which tests run in one process.
+
+``make test`` runs two pytest workers. Tests that use the ``ranks`` fixture all go to the same one, so that
+ranks are started once a world size; the other worker takes the rest. A test that starts ranks in another way
+(by a command) joins them with ``@pytest.mark.xdist_group("ranks")``.
+"""
+
+import os
+
+import pytest
+
+from bitmoe.testing.ranks import RankPool
+
+# Read by torch and datasets when test files import them, which is after this one.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "ranks" in item.fixturenames:
+            item.add_marker(pytest.mark.xdist_group("ranks"))
+
+
+def pytest_runtest_setup(item):
+    needed = 2 if item.get_closest_marker("multi_gpu") else 1 if item.get_closest_marker("gpu") else 0
+    if needed:
+        import torch
+
+        if torch.cuda.device_count() < needed:
+            pytest.skip(f"needs {needed} GPU(s), found {torch.cuda.device_count()}")
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """``ranks(world_size).run(fn, *args)`` runs ``fn`` on so many gloo ranks: one result a rank, in order."""
+    pools = {}
+
+    def pool(world_size):
+        if world_size not in pools:
+            pools[world_size] = RankPool(world_size)
+        return pools[world_size]
+
+    yield pool
+    for started in pools.values():
+        started.close()
