@@ -29,9 +29,7 @@ class Key:
 def all_keys() -> tuple[Key, ...]:
     """Every key of the schema in its order; ``quant.stages[].start`` is a key of each stage."""
     docs = _field_docs()
-    return tuple(
-        key for group in fields(schema.Config) for key in _keys_of(group.type, f"{group.name}.", docs)
-    )
+    return tuple(key for group in fields(schema.Config) for key in _keys_of(group.type, f"{group.name}.", docs))
 
 
 def _keys_of(kind: type, prefix: str, docs: dict[tuple[str, str], str]) -> list[Key]:

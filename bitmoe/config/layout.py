@@ -111,9 +111,7 @@ def _experts(config: Config) -> Iterator[InputError]:
     slices = parallel.expert_tensor
     yield from _divides("moe.ffn_hidden_size", moe.ffn_hidden_size, "parallel.expert_tensor", slices)
     if moe.shared_expert_size:
-        yield from _divides(
-            "moe.shared_expert_size", moe.shared_expert_size, "parallel.tensor", parallel.tensor
-        )
+        yield from _divides("moe.shared_expert_size", moe.shared_expert_size, "parallel.tensor", parallel.tensor)
     if parallel.tensor > 1 and not parallel.sequence:
         yield InputError(
             f"experts with parallel.tensor={parallel.tensor} need sequence parallelism",

@@ -15,6 +15,4 @@ def config_dir() -> Path:
     for folder in (package / "conf", package.parent / "conf"):
         if (folder / "config.yaml").is_file():
             return folder
-    raise InputError(
-        f"no config.yaml in {package / 'conf'} or {package.parent / 'conf'}", fix="install bitmoe again"
-    )
+    raise InputError(f"no config.yaml in {package / 'conf'} or {package.parent / 'conf'}", fix="install bitmoe again")

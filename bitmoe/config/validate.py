@@ -70,9 +70,7 @@ def _quant(config: Config) -> Iterator[InputError]:
         yield InputError("there is no stage", fix="quant.stages=[{start:0}]", key="quant.stages")
         return
     if stages[0].start != 0:
-        yield InputError(
-            f"the first stage starts at {stages[0].start}", fix="start: 0", key="quant.stages[0].start"
-        )
+        yield InputError(f"the first stage starts at {stages[0].start}", fix="start: 0", key="quant.stages[0].start")
     starts = [_start_step(stage, config.run.steps) for stage in stages]
     for i, (before, start) in enumerate(pairwise(starts), 1):
         if start <= before:
@@ -118,9 +116,7 @@ def _recipe(config: Config) -> Iterator[InputError]:
     for name in ("lr", "lr_second"):
         peak = getattr(optim, name)
         if peak is not None and peak < optim.lr_end:
-            yield InputError(
-                f"{optim.lr_end} is above optim.{name}={peak}", fix=f"at most {peak}", key="optim.lr_end"
-            )
+            yield InputError(f"{optim.lr_end} is above optim.{name}={peak}", fix=f"at most {peak}", key="optim.lr_end")
     if engine.name != "megatron":
         yield InputError(f"there is no engine {engine.name!r}", fix="megatron", key="engine.name")
     if engine.overlap_param_gather and not engine.overlap_grad_reduce:
@@ -140,9 +136,7 @@ def _inputs(config: Config) -> Iterator[InputError]:
     if data.source is not Source.files and data.path:
         yield InputError(f"not read with data.source={data.source.name}", fix="data=files", key="data.path")
     if data.source is Source.hub and not data.name:
-        yield InputError(
-            "data.source=hub, but no name", fix="data.name=OWNER/NAME, or data=stdlib", key="data.name"
-        )
+        yield InputError("data.source=hub, but no name", fix="data.name=OWNER/NAME, or data=stdlib", key="data.name")
     if data.weights and len(data.weights) != len(data.path):
         yield InputError(
             f"{len(data.weights)} weights for {len(data.path)} paths",

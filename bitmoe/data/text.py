@@ -185,9 +185,7 @@ def _rows(arguments: dict[str, object], name: str, text_key: str, key: str) -> I
             )
         text = row[text_key]
         if not isinstance(text, str | None):
-            raise InputError(
-                f"column {text_key!r} of {name} holds {text!r:.80}, not text", key="data.text_key"
-            )
+            raise InputError(f"column {text_key!r} of {name} holds {text!r:.80}, not text", key="data.text_key")
         if text:
             yield text
 

@@ -64,6 +64,4 @@ class TokenData:
     def fingerprint(self) -> str:
         """SHA-256 (hex) of all that decides which token stands where; a checkpoint compares it on resume."""
         spans = [[part.fingerprint, part.train.start, part.train.stop, part.eval.stop] for part in self.parts]
-        return hashlib.sha256(
-            json.dumps([spans, self.weights, self.tokenizer.fingerprint]).encode()
-        ).hexdigest()
+        return hashlib.sha256(json.dumps([spans, self.weights, self.tokenizer.fingerprint]).encode()).hexdigest()

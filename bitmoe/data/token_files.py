@@ -91,9 +91,7 @@ def open_token_file(prefix: Path) -> TokenFile:
         tokens = np.memmap(bin_path, dtype=np.dtype(dtype).newbyteorder("<"), mode="r")
         sidecar = _read_sidecar(path_of(prefix, ".tokens.json"), size)
     except OSError as error:
-        raise _error(
-            f"cannot read {error.filename}: {error.strerror}", "check the file's permissions"
-        ) from error
+        raise _error(f"cannot read {error.filename}: {error.strerror}", "check the file's permissions") from error
     return TokenFile(prefix, tokens, lengths, document_index, sidecar)
 
 
@@ -139,9 +137,7 @@ def _read_index(idx_path: Path) -> tuple[type, np.ndarray, np.ndarray, np.ndarra
     if version != VERSION:
         raise _error(f"{idx_path} has version {version}, not {VERSION}")
     if code not in DTYPES:
-        raise _error(
-            f"{idx_path} has dtype code {code}, not one of whole numbers: {', '.join(map(str, DTYPES))}"
-        )
+        raise _error(f"{idx_path} has dtype code {code}, not one of whole numbers: {', '.join(map(str, DTYPES))}")
     expected = HEADER.size + 12 * sequences + 8 * entries
     if size != expected:
         raise _error(f"{idx_path} has {size} bytes, but its header describes {expected}")

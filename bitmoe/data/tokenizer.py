@@ -158,9 +158,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         kind = json.loads(_read(folder / KIND_FILE))
         is_byte, eod_token = kind["kind"] == "byte", kind.get("eod_token")
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{folder / KIND_FILE} is damaged: {error!r}", fix="use another copy of the folder"
-        ) from error
+        raise InputError(f"{folder / KIND_FILE} is damaged: {error!r}", fix="use another copy of the folder") from error
     if is_byte:
         return ByteTokenizer()
     return JsonTokenizer(_read(folder / JSON_FILE), eod_token, name=str(folder / JSON_FILE))

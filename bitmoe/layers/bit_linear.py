@@ -9,16 +9,15 @@ With ``quant.weights = none`` the same functions multiply the unquantized input 
 """
 
 import torch
-import torch.distributed as dist
-from bitmoe_kernels.ternary_gemm import code_matmul
 
 from bitmoe.layers.collectives import gather_first_dim, sum_over_ranks, tree_sum
 from bitmoe.layers.context import LayerContext
 from bitmoe.layers.norm import SubNorm
 from bitmoe.layers.quantize_input import quantize_grouped, quantize_whole_rows
 from bitmoe.layers.sharding import ShardedParameters, mark_tensor_parallel
-from bitmoe.quant.policy import QuantPolicy, split_groups
+from bitmoe.quant.policy import split_groups
 from bitmoe.quant.ternary_codes import CodeCache, ternarize_columns, ternarize_rows
+from bitmoe_kernels.ternary_gemm import code_matmul
 
 # Shapes: S = sequence, B = batch, T = tokens (S*B), H = hidden, O = output rows on this rank,
 #         F = input features on this rank, G = groups on this rank.
@@ -35,7 +34,9 @@ class ColumnBitLinear(torch.nn.Module, ShardedParameters):
         context: policy and groups.
     """
 
-    def __init__(self, shape: tuple[int, ...], cut_dim: int, projection_O: torch.Tensor, role: str, context: LayerContext):
+    def __init__(
+        self, shape: tuple[int, ...], cut_dim: int, projection_O: torch.Tensor, role: str, context: LayerContext
+    ):
         super().__init__()
         self.groups, self.policy, self.role = context.groups, context.policy, role
         self.cut_dim, self.sequence_parallel = cut_dim, context.sequence_parallel
@@ -140,12 +141,20 @@ class RowBitLinear(torch.nn.Module, ShardedParameters):
         return ternarize_columns(self.weight, self.num_groups, self.reduce_group)
 
     def forward(self, x_SBF: torch.Tensor) -> torch.Tensor:
-        """Multiply this rank's features [S, B, F] and add over ranks: [S, B, H], or [S/tp, B, H] (sequence parallel)."""
+        """Multiply features [S, B, F], add over ranks: [S, B, H], or [S/tp, B, H] (sequence parallel)."""
         if self.sub_norm is not None:
             x_SBF = self.sub_norm(x_SBF)
         codes, scale = self.cache.get() if self.policy.is_ternary else (None, None)
         return _RowProduct.apply(
-            x_SBF, self.weight, codes, scale, self.role, self.policy, self.groups.tp, self.reduce_group, self.sequence_parallel
+            x_SBF,
+            self.weight,
+            codes,
+            scale,
+            self.role,
+            self.policy,
+            self.groups.tp,
+            self.reduce_group,
+            self.sequence_parallel,
         )
 
 

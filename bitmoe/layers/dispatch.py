@@ -19,7 +19,7 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispa
 
 
 class Dispatch:
-    """Moves one micro-batch's tokens to experts (``send``), gradients home (``send_back``) and outputs home (``combine``).
+    """Moves tokens to experts (``send``), their outputs home (``combine``) and gradients home (``send_back``).
 
     Args:
         dispatcher: the layer's dispatcher, used as a template.

@@ -7,7 +7,6 @@ ranks, expert tensor parallelism the inner features of each.
 
 import torch
 import torch.distributed as dist
-from bitmoe_kernels.grouped_ternary_gemm import grouped_code_matmul, grouped_matmul, grouped_outer
 
 from bitmoe.layers.bit_linear import group_ids
 from bitmoe.layers.collectives import tree_sum
@@ -19,6 +18,7 @@ from bitmoe.layers.quantize_input import quantize_grouped, quantize_whole_rows
 from bitmoe.layers.sharding import ShardedParameters, mark_expert
 from bitmoe.quant.policy import QuantPolicy, split_groups
 from bitmoe.quant.ternary_codes import CodeCache, ternarize_columns, ternarize_rows
+from bitmoe_kernels.grouped_ternary_gemm import grouped_code_matmul, grouped_matmul, grouped_outer
 
 # Shapes: T = tokens of this rank, R = rows (token copies) sorted by local expert, E = local experts, H = hidden,
 #         F = inner features on this rank, G = quantization groups on this rank.

@@ -1,12 +1,12 @@
 """Gated FFN: gate and up, ReLU2-GLU or SwiGLU, sub-norm, down. Dense layers and shared experts are this module."""
 
 import torch
-from bitmoe_kernels.relu2_glu import relu2_glu
 
 from bitmoe.config.schema import Activation
 from bitmoe.layers.bit_linear import ColumnBitLinear, RowBitLinear
 from bitmoe.layers.context import LayerContext
 from bitmoe.layers.sharding import ShardedParameters
+from bitmoe_kernels.relu2_glu import relu2_glu
 
 # Shapes: S = sequence, B = batch, H = hidden, F = inner features on this rank.
 

@@ -7,12 +7,12 @@ spans ranks, rows are exchanged, quantized whole by the single-rank code, and th
 
 import torch
 import torch.distributed as dist
-from bitmoe_kernels.act_quant import quantize_fp4, quantize_int4, quantize_int8
-from bitmoe_kernels.sparsify import topk_mask
 
 from bitmoe.config.schema import ActFormat
 from bitmoe.layers.collectives import features_to_rows, gather_first_dim, rows_to_features
 from bitmoe.quant.policy import QuantPolicy
+from bitmoe_kernels.act_quant import quantize_fp4, quantize_int4, quantize_int8
+from bitmoe_kernels.sparsify import topk_mask
 
 # Shapes: T = tokens (any leading dims), D = features, F = features on this rank, G = groups on this rank.
 

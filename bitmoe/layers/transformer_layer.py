@@ -28,7 +28,9 @@ class TransformerLayer(torch.nn.Module, BaseTransformerLayer, ShardedParameters)
         vp_stage: which model chunk of a virtual pipeline this layer belongs to.
     """
 
-    def __init__(self, config, context: LayerContext, layer_number: int, pg_collection=None, vp_stage: int | None = None):
+    def __init__(
+        self, config, context: LayerContext, layer_number: int, pg_collection=None, vp_stage: int | None = None
+    ):
         super().__init__()
         self.groups = context.groups
         self.layer_number = layer_number + get_transformer_layer_offset(config, vp_stage, context.groups.pp.rank())

@@ -72,7 +72,4 @@ def stage_name(stage: BitStage) -> str:
     if stage.o_keep == 0.5 and formats == (ActFormat.int4, ActFormat.int8, ActFormat.int4, ActFormat.int8):
         return "a48"
     keep = "" if stage.o_keep == 1 else f" top {stage.o_keep:.0%}"
-    return (
-        f"qkv {stage.qkv.value}, o {stage.o.value}{keep}, "
-        f"gate_up {stage.gate_up.value}, down {stage.down.value}"
-    )
+    return f"qkv {stage.qkv.value}, o {stage.o.value}{keep}, gate_up {stage.gate_up.value}, down {stage.down.value}"

@@ -38,7 +38,9 @@ class QuantStatistics:
         counts = torch.stack([zeros.sum().double(), others.sum().double(), total])
         self._counts[key] = self._counts[key].to(counts.device) + counts
 
-    def collect(self, device: torch.device, roles: tuple[str, ...] = ("qkv", "o", "gate_up", "down")) -> dict[str, float]:
+    def collect(
+        self, device: torch.device, roles: tuple[str, ...] = ("qkv", "o", "gate_up", "down")
+    ) -> dict[str, float]:
         """Shares over all ranks since the last call, and start anew.
 
         Every rank must call it. Replicated tensors are counted on every rank that holds them, which leaves shares

@@ -10,9 +10,9 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from bitmoe_kernels.weight_quant import absmean_scale, absmean_sums, ternary_codes
 
 from bitmoe.quant.policy import QuantPolicy
+from bitmoe_kernels.weight_quant import absmean_scale, absmean_sums, ternary_codes
 
 # Shapes: O = output rows, I = input columns, E = experts (optional leading dim), G = groups on this rank.
 

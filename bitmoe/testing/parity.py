@@ -100,9 +100,7 @@ def first_step(config: Config) -> dict:
 def ternary_codes(engine: MegatronEngine) -> list[tuple[ShardedTensor, torch.Tensor]]:
     """This rank's ternary codes, each with the description of the parameter it was made from."""
     by_parameter = {id(s.data): s for s in engine.sharded_state().values()}
-    owners = (
-        (module, name) for chunk in engine.models for module in chunk.modules() for name in vars(module)
-    )
+    owners = ((module, name) for chunk in engine.models for module in chunk.modules() for name in vars(module))
     found = []
     for module, name in owners:
         cache = getattr(module, name)

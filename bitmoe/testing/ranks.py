@@ -166,9 +166,7 @@ class RankPool:
             os.kill(self._processes[rank].pid, signal.SIGUSR1)
         if hung:
             time.sleep(1)
-        return {
-            r: f"did not answer; it was at\n{_stack_file(self._scratch.name, r).read_text()}" for r in hung
-        }
+        return {r: f"did not answer; it was at\n{_stack_file(self._scratch.name, r).read_text()}" for r in hung}
 
 
 def _send(connection: Connection, value: object) -> None:

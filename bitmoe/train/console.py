@@ -68,9 +68,7 @@ class SilentConsole:
             self._open_phases.pop()
             self._phase_changed()
 
-    def step(
-        self, step: int, *, loss: float | None = None, tokens_per_s: float | None = None, stage: str = ""
-    ) -> None:
+    def step(self, step: int, *, loss: float | None = None, tokens_per_s: float | None = None, stage: str = "") -> None:
         """An optimizer step (from 1) has ended. What is None or empty keeps its last value."""
 
     def say(self, text: str) -> None:
@@ -146,9 +144,7 @@ class RunConsole(SilentConsole):
         self._ticker.start()
         return self
 
-    def step(
-        self, step: int, *, loss: float | None = None, tokens_per_s: float | None = None, stage: str = ""
-    ) -> None:
+    def step(self, step: int, *, loss: float | None = None, tokens_per_s: float | None = None, stage: str = "") -> None:
         """An optimizer step (from 1) has ended. What is None or empty keeps its last value."""
         with self._lock:
             self._done = step

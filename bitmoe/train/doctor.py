@@ -62,9 +62,7 @@ def doctor(runs: str = "runs", console: Console | None = None) -> int:
 
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     for finding in findings:
-        mark, style = (
-            ("", "") if not finding.problem else ("broken", "red") if finding.broken else ("note", "yellow")
-        )
+        mark, style = ("", "") if not finding.problem else ("broken", "red") if finding.broken else ("note", "yellow")
         table.add_row(finding.name, finding.found, mark, style=style)
     console.print(table)
     for finding in findings:
@@ -80,9 +78,7 @@ def check_python(python: tuple[int, int]) -> Finding:
     """The interpreter: 3.11 or newer."""
     found = f"{platform.python_version()} ({sys.executable})"
     if python < (3, 11):
-        return Finding(
-            "Python", found, "bitmoe needs Python 3.11 or newer: make the environment with one", True
-        )
+        return Finding("Python", found, "bitmoe needs Python 3.11 or newer: make the environment with one", True)
     return Finding("Python", found)
 
 
@@ -132,9 +128,7 @@ def check_megatron(python: tuple[int, int]) -> Finding:
 def check_packages(requirements: list[str] | None) -> Finding:
     """What bitmoe declares as its requirements; None if it is not installed, as in a bare checkout."""
     if requirements is None:
-        return Finding(
-            "packages", "not checked", "bitmoe is not installed in this environment: pip install -e ."
-        )
+        return Finding("packages", "not checked", "bitmoe is not installed in this environment: pip install -e .")
     needed = [Requirement(text) for text in requirements]
     # An extra's requirement is optional: its marker is false without the extra.
     needed = [one for one in needed if one.marker is None or one.marker.evaluate({"extra": ""})]
@@ -180,13 +174,9 @@ def check_disk(runs: Path) -> Finding:
     free = shutil.disk_usage(existing).free
     found = f"{free / 2**30:.1f} GiB free for {runs}"
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        return Finding(
-            "disk", found, f"{existing} is not a writable folder: choose another with run.dir", True
-        )
+        return Finding("disk", found, f"{existing} is not a writable folder: choose another with run.dir", True)
     if free < _MIN_FREE_BYTES:
-        return Finding(
-            "disk", found, "little space for checkpoints: free some or choose another place with run.dir"
-        )
+        return Finding("disk", found, "little space for checkpoints: free some or choose another place with run.dir")
     return Finding("disk", found)
 
 

@@ -25,9 +25,7 @@ SETTLE_S = 2.0
 TAIL_LINES = 60
 
 
-def launch(
-    command: Sequence[str], nproc: int, env: Mapping[str, str] | None = None, grace_s: float = 30.0
-) -> int:
+def launch(command: Sequence[str], nproc: int, env: Mapping[str, str] | None = None, grace_s: float = 30.0) -> int:
     """Run ``command`` once per rank and wait for all of them.
 
     SIGTERM and SIGINT are passed on to every rank. When a rank fails, the others get SIGTERM and, after

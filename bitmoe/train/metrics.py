@@ -30,9 +30,7 @@ class MetricsLog:
         warn: called with one sentence, at most once for each of the two, when writing fails.
     """
 
-    def __init__(
-        self, run_dir: RunDir, tensorboard: bool = True, warn: Callable[[str], None] = warnings.warn
-    ):
+    def __init__(self, run_dir: RunDir, tensorboard: bool = True, warn: Callable[[str], None] = warnings.warn):
         self._run_dir = run_dir
         self._warn = warn
         self._warned = False
@@ -47,9 +45,7 @@ class MetricsLog:
             self._append((json.dumps(record, allow_nan=False) + "\n").encode())
         except OSError as error:
             if not self._warned:
-                self._warn(
-                    f"{self._run_dir.metrics_file} cannot be written ({error}); training goes on without it"
-                )
+                self._warn(f"{self._run_dir.metrics_file} cannot be written ({error}); training goes on without it")
                 self._warned = True
         if self._use_tensorboard:
             try:
@@ -144,9 +140,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise InputError(
-            f"no metrics at {path} ({error.strerror})", fix="name the directory of a run"
-        ) from error
+        raise InputError(f"no metrics at {path} ({error.strerror})", fix="name the directory of a run") from error
     records = []
     for number, line in enumerate(content[: _whole_lines(content)].splitlines(), start=1):
         try:

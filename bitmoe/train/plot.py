@@ -65,9 +65,7 @@ def plot_run(run_dir: Path) -> Path:
     run = RunDir(run_dir)
     records = read_metrics(run.metrics_file)
     if not any(_is_number(record.get("lm_loss")) for record in records):
-        raise InputError(
-            f"{run.metrics_file} has no loss yet", fix="wait for the first logged step of the run"
-        )
+        raise InputError(f"{run.metrics_file} has no loss yet", fix="wait for the first logged step of the run")
     figure = draw(run.path.resolve().name, records, run.load_config())
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=150)
@@ -206,9 +204,7 @@ def _stage_label(stage: Any, config: dict[str, Any]) -> str:
     stages = config.get("quant", {}).get("stages", [])
     if not isinstance(stage, int) or not 0 <= stage < len(stages):
         return str(stage)
-    fields = {
-        key: ActFormat(value) if isinstance(value, str) else value for key, value in stages[stage].items()
-    }
+    fields = {key: ActFormat(value) if isinstance(value, str) else value for key, value in stages[stage].items()}
     return stage_name(BitStage(**fields))
 
 

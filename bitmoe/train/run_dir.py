@@ -206,6 +206,4 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _damaged_config(path: Path) -> InputError:
-    return InputError(
-        f"{path} is not a config of a run", fix="restore it, or choose another run.name", key="run.name"
-    )
+    return InputError(f"{path} is not a config of a run", fix="restore it, or choose another run.name", key="run.name")

@@ -29,10 +29,7 @@ def all_sources(source):
     folders = ("bitmoe", "kernels", "tools", "tests")
     files = sorted(file for folder in folders for file in (ROOT / folder).rglob("*.py"))
     assert files, f"no Python files under {ROOT}"
-    return [
-        source(f.relative_to(ROOT).as_posix(), f.read_text(encoding="utf-8"))
-        for f in [*files, ROOT / "setup.py"]
-    ]
+    return [source(f.relative_to(ROOT).as_posix(), f.read_text(encoding="utf-8")) for f in [*files, ROOT / "setup.py"]]
 
 
 @pytest.fixture(scope="session")

@@ -75,11 +75,7 @@ def patches(source):
         written = isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load)
         if written and is_megatron(node):
             yield f"{where}: assigns to {dotted(node, aliases)}"
-        if (
-            isinstance(node, ast.Call)
-            and dotted(node.func, aliases) == "setattr"
-            and is_megatron(node.args[0])
-        ):
+        if isinstance(node, ast.Call) and dotted(node.func, aliases) == "setattr" and is_megatron(node.args[0]):
             yield f"{where}: setattr on {dotted(node.args[0], aliases)}"
 
 

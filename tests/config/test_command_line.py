@@ -90,9 +90,7 @@ def test_answers_without_heavy_imports(arguments, status, tmp_path):
     done = bitmoe(*arguments, cwd=tmp_path, options=["-X", "importtime"])
     assert time.monotonic() - start < 5
     assert done.returncode == status
-    imported = {
-        line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if "import time:" in line
-    }
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if "import time:" in line}
     assert "bitmoe.config.schema" in imported
     assert not {name for name in imported if name.split(".")[0] in ("torch", "megatron", "transformers")}
 

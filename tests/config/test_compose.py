@@ -88,9 +88,7 @@ def test_a48_second_stage():
 def test_none_quantizes_nothing():
     quant = compose(["quant=none"]).quant
     assert quant.weights is WeightFormat.none
-    assert {quant.stages[0].qkv, quant.stages[0].o, quant.stages[0].gate_up, quant.stages[0].down} == {
-        ActFormat.none
-    }
+    assert {quant.stages[0].qkv, quant.stages[0].o, quant.stages[0].gate_up, quant.stages[0].down} == {ActFormat.none}
 
 
 @pytest.mark.parametrize(

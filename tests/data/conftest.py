@@ -20,9 +20,7 @@ def write_pair(tmp_path):
         index = np.arange(len(documents) + 1, dtype="<i8")
         path_of(prefix, ".bin").write_bytes(np.concatenate([[], *documents]).astype(dtype).tobytes())
         header = HEADER.pack(MAGIC, 1, code, len(documents), len(index))
-        path_of(prefix, ".idx").write_bytes(
-            header + b"".join(a.tobytes() for a in (lengths, pointers, index))
-        )
+        path_of(prefix, ".idx").write_bytes(header + b"".join(a.tobytes() for a in (lengths, pointers, index)))
         return prefix
 
     return write

@@ -106,9 +106,7 @@ def test_int4_zero_share_on_a_gaussian():
     assert abs((codes == 0).double().mean().item() - expected) < 4 * standard_error
 
 
-@pytest.mark.parametrize(
-    ("quantize", "half_step"), [(quantize_int8, 0.5), (quantize_fp4, 2.0)], ids=["int8", "fp4"]
-)
+@pytest.mark.parametrize(("quantize", "half_step"), [(quantize_int8, 0.5), (quantize_fp4, 2.0)], ids=["int8", "fp4"])
 def test_absmax_error_is_at_most_half_a_step(quantize, half_step):
     """absmax formats clip nothing; 1e-4 steps of slack for the fp32 division."""
     x_TD = gaussian(50, 63)

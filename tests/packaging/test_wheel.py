@@ -67,9 +67,7 @@ def test_wheel_holds_code_and_conf(wheel):
 def test_wheel_is_what_the_venv_runs(clean_venv, tmp_path):
     code = "import bitmoe, bitmoe_kernels; print(bitmoe.__file__, bitmoe_kernels.__file__, sep='\\n')"
     done = run([clean_venv / "bin" / "python", "-c", code], tmp_path)
-    assert [Path(line).is_relative_to(clean_venv) for line in done.stdout.splitlines()] == [True, True], (
-        done.stderr
-    )
+    assert [Path(line).is_relative_to(clean_venv) for line in done.stdout.splitlines()] == [True, True], done.stderr
 
 
 def test_plan_runs_from_another_directory(clean_venv, tmp_path):

@@ -97,9 +97,7 @@ def test_failures_name_the_rank_and_the_pool_recovers():
     with RankPool(2, grace_s=5) as pool:
         pids = [w["pid"] for w in pool.run(where)]
 
-        with pytest.raises(
-            RankError, match="(?s)^rank 1 raised.*ValueError: no such expert.*rank 0 did not"
-        ) as failed:
+        with pytest.raises(RankError, match="(?s)^rank 1 raised.*ValueError: no such expert.*rank 0 did not") as failed:
             pool.run(raise_on, 1)
         assert failed.value.ranks == [1, 0]
         # The stack of the rank that waited for the failed one.

@@ -91,10 +91,7 @@ def test_launch_environment(tmp_path):
     assert (first["WORLD_SIZE"], first["LOCAL_WORLD_SIZE"], first["MASTER_ADDR"]) == ("2", "2", "127.0.0.1")
     assert int(first["OMP_NUM_THREADS"]) == max(1, len(os.sched_getaffinity(0)) // 2)
     assert (
-        launch(
-            rank_program("sys.exit(os.environ['OMP_NUM_THREADS'] != '7')"), 2, {**env, "OMP_NUM_THREADS": "7"}
-        )
-        == 0
+        launch(rank_program("sys.exit(os.environ['OMP_NUM_THREADS'] != '7')"), 2, {**env, "OMP_NUM_THREADS": "7"}) == 0
     )
 
 

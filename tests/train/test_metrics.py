@@ -40,11 +40,7 @@ def file_size_limit(size: int):
 def scalars(run: RunDir, tag: str) -> list[tuple[int, float]]:
     events = EventAccumulator(str(run.tensorboard))
     events.Reload()
-    return (
-        [(event.step, event.value) for event in events.Scalars(tag)]
-        if tag in events.Tags()["scalars"]
-        else []
-    )
+    return [(event.step, event.value) for event in events.Scalars(tag)] if tag in events.Tags()["scalars"] else []
 
 
 def test_write_numbers_come_back_exactly(log, run):
