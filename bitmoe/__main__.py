@@ -135,6 +135,9 @@ def _work(config: Config) -> int:
     code, message = FAULT, ""
     try:
         validate(config, int(os.environ["WORLD_SIZE"]))
+        from bitmoe.train.quiet import quiet_libraries
+
+        quiet_libraries()
         from bitmoe.train.pretrain import pretrain as train
 
         code = train(config)

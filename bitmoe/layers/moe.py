@@ -8,6 +8,7 @@ from bitmoe.layers.dispatch import Dispatch
 from bitmoe.layers.experts import RoutedExperts
 from bitmoe.layers.feed_forward import FeedForward
 from bitmoe.layers.router import Router
+from bitmoe.layers.router_statistics import RouterStatistics
 from bitmoe.layers.sharding import ShardedParameters
 
 # Shapes: S = sequence (this rank's slice under sequence parallelism), B = batch, T = S*B, H = hidden, E = experts.
@@ -23,7 +24,9 @@ class MoELayer(torch.nn.Module, ShardedParameters):
 
     def __init__(self, config, context: LayerContext):
         super().__init__()
-        self.groups = context.groups
+        self.groups, self.policy = context.groups, context.policy
+        self.statistics = RouterStatistics(context.moe.num_experts, context.moe.router_topk)
+        self.layer_number = 0
         self.router = Router(config, context.groups.mcore, context.policy.deterministic)
         self.experts = RoutedExperts(context)
         size = context.moe.shared_expert_size
@@ -36,11 +39,14 @@ class MoELayer(torch.nn.Module, ShardedParameters):
 
     def set_layer_number(self, layer_number: int) -> None:
         """Tell the router which layer it balances."""
+        self.layer_number = layer_number
         self.router.set_layer_number(layer_number)
 
     def forward(self, x_SBH: torch.Tensor) -> torch.Tensor:
         """[S, B, H] to the same shape."""
         probs_TE, routing_map_TE = self.router(x_SBH)
+        if self.policy.statistics.recording:
+            self.statistics.add(self.router.last_logits_TE, routing_map_TE)
         dispatch = Dispatch(self.dispatcher, routing_map_TE)
         y_RH = self.experts(x_SBH.flatten(0, -2), dispatch)
         y_SBH = dispatch.combine(y_RH, probs_TE).view_as(x_SBH)

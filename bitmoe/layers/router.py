@@ -23,9 +23,12 @@ class Router(TopKRouter):
     def __init__(self, config, pg_collection: ProcessGroupCollection, deterministic: bool):
         super().__init__(config, pg_collection=pg_collection)
         self.deterministic = deterministic
+        self.last_logits_TE: torch.Tensor | None = None
 
     def gating(self, x_SBH: torch.Tensor) -> torch.Tensor:
         """Router logits [S, B, E] of normalized tokens [S, B, H], in fp32 (fp64 for fp64)."""
         dtype = torch.promote_types(x_SBH.dtype, torch.float32)
         compute_dtype = torch.float64 if self.deterministic else dtype
-        return torch.nn.functional.linear(x_SBH.to(compute_dtype), self.weight.to(compute_dtype)).to(dtype)
+        logits_SBE = torch.nn.functional.linear(x_SBH.to(compute_dtype), self.weight.to(compute_dtype)).to(dtype)
+        self.last_logits_TE = logits_SBE.detach().flatten(0, -2)
+        return logits_SBE

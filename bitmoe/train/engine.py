@@ -19,8 +19,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 
 from bitmoe.config.schema import Config
+from bitmoe.layers.moe import MoELayer
+from bitmoe.layers.router_statistics import summarize
 from bitmoe.model.gpt import build_language_model
 from bitmoe.model.initialize import initialize
+from bitmoe.model.sizes import padded_vocab_size
 from bitmoe.model.transformer_config import model_dtype
 from bitmoe.parallel.process_groups import Groups, local_device
 from bitmoe.quant.bit_schedule import stage_at
@@ -200,6 +203,64 @@ class MegatronEngine:
         dist.all_reduce(total)
         return (total[0] / total[1]).item()
 
+    def record_statistics(self, recording: bool) -> None:
+        """Switch the counting of codes and routing on or off."""
+        self.policy.statistics.recording = recording
+
+    def collect_statistics(self) -> dict[str, float | list[float]]:
+        """Health of quantizers and routers since the last call; every rank must call it.
+
+        Returns:
+            The metrics of ``QuantStatistics.collect`` and of ``router_statistics.summarize``.
+        """
+        metrics = self.policy.statistics.collect(local_device())
+        moe = self.config.moe
+        if moe.num_experts:
+            shape = (self.config.model.num_layers, moe.num_experts + 3)
+            counts = torch.zeros(shape, dtype=torch.float64, device=local_device())
+            for layer in (m for model in self.models for m in model.modules() if isinstance(m, MoELayer)):
+                counts[layer.layer_number - 1] = layer.statistics.take()
+            dist.all_reduce(counts)
+            metrics |= summarize(counts, moe.router_topk)
+        return metrics
+
+    @torch.no_grad()
+    def logits(self, tokens_BS: torch.Tensor) -> torch.Tensor:
+        """Logits of whole sequences, on every rank.
+
+        Args:
+            tokens_BS: token ids [B, S], the same on all ranks; S must be context.seq_length under pipelines.
+
+        Returns:
+            [B, S, V] with the padded vocabulary, on every rank.
+        """
+        for chunk in self.chunks:
+            chunk.eval()
+        batches = [{"tokens": tokens_BS.to(local_device())}]
+        iterators = [iter(batches) for _ in self.chunks]
+        outputs = self._forward_backward(
+            forward_step_func=_forward_logits,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+            num_microbatches=1,
+            seq_length=tokens_BS.shape[1],
+            micro_batch_size=tokens_BS.shape[0],
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+        return self._from_last_stage(outputs, tokens_BS)
+
+    def _from_last_stage(self, outputs: list[torch.Tensor], tokens_BS: torch.Tensor) -> torch.Tensor:
+        vocab = padded_vocab_size(self.config.model)
+        logits = torch.empty(*tokens_BS.shape, vocab, dtype=torch.float32, device=local_device())
+        if outputs:
+            parts = [torch.empty_like(outputs[0]) for _ in range(self.groups.tp.size())]
+            dist.all_gather(parts, outputs[0].contiguous(), group=self.groups.tp)
+            logits.copy_(torch.cat(parts, dim=-1))
+        pp = self.groups.pp
+        dist.broadcast(logits, src=dist.get_global_rank(pp, pp.size() - 1), group=pp)
+        return logits
+
     def sharded_state(self) -> dict[str, ShardedTensor]:
         """This rank's parameters and buffers under names that are unique over all chunks."""
         return _sharded_state(self.models)
@@ -227,6 +288,12 @@ def _forward_step(batches: Iterator[Batch], model: torch.nn.Module):
     positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
     losses_BS = model(tokens, positions, None, labels=batch["labels"])
     return losses_BS, _mean_loss
+
+
+def _forward_logits(batches: Iterator[Batch], model: torch.nn.Module):
+    tokens = next(batches)["tokens"]
+    positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    return model(tokens, positions, None), lambda logits, non_loss_data: logits.float()
 
 
 def _mean_loss(losses_BS: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
