@@ -11,7 +11,8 @@ from bitmoe.layers.context import LayerContext
 from bitmoe.layers.norm import RMSNorm
 from bitmoe.layers.sharding import mark_tensor_parallel
 from bitmoe.layers.transformer_layer import TransformerLayer
-from bitmoe.model.transformer_config import make_transformer_config, padded_vocab_size
+from bitmoe.model.sizes import padded_vocab_size
+from bitmoe.model.transformer_config import make_transformer_config
 from bitmoe.parallel.process_groups import Groups, local_device
 from bitmoe.quant.policy import QuantPolicy
 

@@ -73,7 +73,7 @@ def global_index(shard: ShardedTensor, local_index: torch.Tensor) -> torch.Tenso
 
 def normal_at(index: torch.Tensor, stream: int) -> torch.Tensor:
     """Standard normal numbers, one per index: a pure function of (index, stream), fp64 like ``index``."""
-    first, second = (_uniform(_splitmix64(2 * index + lane, stream)) for lane in (0, 1))
+    first, second = (_uniform(splitmix64(2 * index + lane, stream)) for lane in (0, 1))
     return torch.sqrt(-2 * torch.log(first)) * torch.cos(2 * math.pi * second)
 
 
@@ -82,8 +82,13 @@ def _uniform(bits: torch.Tensor) -> torch.Tensor:
     return (((bits >> 11) & ((1 << 53) - 1)).double() + 1) * 2.0**-53
 
 
-def _splitmix64(counter: torch.Tensor, stream: int) -> torch.Tensor:
-    """splitmix64's output function at ``stream + counter * gamma``; int64 arithmetic wraps as unsigned would."""
+def splitmix64(counter: torch.Tensor, stream: int | torch.Tensor) -> torch.Tensor:
+    """splitmix64's output function at ``stream + counter * gamma``; int64 arithmetic wraps as unsigned would.
+
+    Args:
+        counter: int64, any shape.
+        stream: start of the sequence, or int64 of the same shape.
+    """
     z = counter * _GAMMA + stream
     z = (z ^ _shift_right(z, 30)) * _MIX_1
     z = (z ^ _shift_right(z, 27)) * _MIX_2

@@ -4,12 +4,11 @@ Everything megatron-core needs to know of a bitmoe model is translated here, so 
 file. What our own layers need they read from our own configuration.
 """
 
-import math
-
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from bitmoe.config.schema import Balancing, Config, ModelConfig, Precision, Recompute
+from bitmoe.config.schema import Balancing, Config, Precision, Recompute
+from bitmoe.model.sizes import head_dim, num_query_groups
 
 _DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp32: torch.float32}
 
@@ -17,21 +16,6 @@ _DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp32: torch.float32}
 def model_dtype(config: Config) -> torch.dtype:
     """Dtype of parameters and activations."""
     return _DTYPES[config.run.precision]
-
-
-def head_dim(model: ModelConfig) -> int:
-    """Width of an attention head."""
-    return model.head_dim or model.hidden_size // model.num_attention_heads
-
-
-def num_query_groups(model: ModelConfig) -> int:
-    """Key/value heads."""
-    return model.num_query_groups or model.num_attention_heads
-
-
-def padded_vocab_size(model: ModelConfig) -> int:
-    """Rows of the embedding: the vocabulary rounded up to a multiple that does not depend on the layout."""
-    return math.ceil(model.vocab_size / model.vocab_multiple) * model.vocab_multiple
 
 
 def make_transformer_config(config: Config, dtype: torch.dtype | None = None) -> TransformerConfig:

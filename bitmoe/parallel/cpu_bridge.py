@@ -65,9 +65,13 @@ def _replace_cuda_functions() -> None:
     """torch.cuda: device queries answer the CPU, streams and synchronization do nothing."""
     cuda = torch.cuda
     cuda.current_device = lambda: _CPU
-    cuda.set_device = cuda.synchronize = cuda.empty_cache = lambda *args, **kwargs: None
+    # Each its own function: torch.compile refuses one object under two names it has different rules for.
+    cuda.set_device = lambda *args, **kwargs: None
+    cuda.synchronize = lambda *args, **kwargs: None
+    cuda.empty_cache = lambda *args, **kwargs: None
     cuda.Stream = cuda.Event = _NoStream
-    cuda.current_stream = cuda.default_stream = lambda *args, **kwargs: _NoStream()
+    cuda.current_stream = lambda *args, **kwargs: _NoStream()
+    cuda.default_stream = lambda *args, **kwargs: _NoStream()
     cuda.stream = lambda *args, **kwargs: contextlib.nullcontext()
     cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)

@@ -45,7 +45,11 @@ def local_device() -> torch.device:
 
 
 def start(timeout_minutes: float = 30.0) -> None:
-    """Join the default process group (NCCL on GPUs, gloo on CPUs) from the environment torchrun sets."""
+    """Join the default process group: NCCL on GPUs, gloo on CPUs.
+
+    Rank and world size come from the environment, as torchrun sets it; the meeting point is torchrun's too, or the
+    file that our own launcher names.
+    """
     cpu_bridge.install()
     if dist.is_initialized():
         return
@@ -55,6 +59,9 @@ def start(timeout_minutes: float = 30.0) -> None:
         torch.cuda.set_device(device)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+        init_method=os.environ.get("BITMOE_RENDEZVOUS", "env://"),
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
         timeout=timedelta(minutes=timeout_minutes),
         device_id=device if on_gpu else None,
     )
@@ -90,8 +97,9 @@ def make_groups(parallel: ParallelConfig) -> Groups:
     )
 
 
-def stop() -> None:
-    """Leave all process groups."""
+def leave() -> None:
+    """Wait for all ranks, then leave all process groups."""
     if dist.is_initialized():
+        dist.barrier()
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()

@@ -229,7 +229,7 @@ class MegatronEngine:
         """Logits of whole sequences, on every rank.
 
         Args:
-            tokens_BS: token ids [B, S], the same on all ranks; S must be context.seq_length under pipelines.
+            tokens_BS: token ids [B, S], the same on all ranks.
 
         Returns:
             [B, S, V] with the padded vocabulary, on every rank.
@@ -260,6 +260,12 @@ class MegatronEngine:
         pp = self.groups.pp
         dist.broadcast(logits, src=dist.get_global_rank(pp, pp.size() - 1), group=pp)
         return logits
+
+    def gather_parameters(self) -> None:
+        """Bring every rank's parameters up to date; overlapped gathers are otherwise made by the next forward."""
+        if self.config.engine.overlap_param_gather:
+            for chunk in self.chunks:
+                chunk.start_param_sync(force_sync=True)
 
     def sharded_state(self) -> dict[str, ShardedTensor]:
         """This rank's parameters and buffers under names that are unique over all chunks."""

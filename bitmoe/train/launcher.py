@@ -8,7 +8,6 @@ process alone and once.
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -48,8 +47,9 @@ def launch(command: Sequence[str], nproc: int, env: Mapping[str, str] | None = N
     }
     ranks: list[subprocess.Popen] = []
     outputs: list[IO[bytes]] = []
+    rendezvous = tempfile.TemporaryDirectory(prefix="bitmoe-")
     try:
-        common = _environment(nproc, os.environ if env is None else env)
+        common = _environment(nproc, os.environ if env is None else env, rendezvous.name)
         for rank in range(nproc):
             outputs.append(tempfile.TemporaryFile())  # noqa: SIM115 (closed below)
             redirect = {"stdout": outputs[rank], "stderr": subprocess.STDOUT} if rank else {}
@@ -66,6 +66,7 @@ def launch(command: Sequence[str], nproc: int, env: Mapping[str, str] | None = N
             signal.signal(number, handler)
         for output in outputs:
             output.close()
+        rendezvous.cleanup()
 
 
 def exit_status(codes: Sequence[int], first_failed: int | None) -> int:
@@ -94,19 +95,18 @@ def _watch(launcher: int) -> None:
     os._exit(1)
 
 
-def _environment(nproc: int, env: Mapping[str, str]) -> dict[str, str]:
-    """What all ranks share: the variables torchrun sets, and threads for an equal share of the cores."""
+def _environment(nproc: int, env: Mapping[str, str], rendezvous: str) -> dict[str, str]:
+    """What all ranks share: the variables torchrun sets, and threads for an equal share of the cores.
+
+    Ranks meet through a file and not a port: a port found free here may be taken before rank 0 listens on it.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     return {
         "OMP_NUM_THREADS": str(max(1, cores // nproc)),
         **env,
         "WORLD_SIZE": str(nproc),
         "LOCAL_WORLD_SIZE": str(nproc),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "BITMOE_RENDEZVOUS": f"file://{rendezvous}/store",
         "BITMOE_LAUNCHER": str(os.getpid()),
     }
 

@@ -16,7 +16,7 @@ from bitmoe.data.loader import BatchLoader, EvalLoader
 from bitmoe.data.prepare import prepare
 from bitmoe.data.token_data import TokenData
 from bitmoe.parallel.agree import on_first_rank
-from bitmoe.parallel.process_groups import make_groups, start
+from bitmoe.parallel.process_groups import leave, make_groups, start
 from bitmoe.train.checkpoint import load_checkpoint, newest_checkpoint
 from bitmoe.train.closing import close_run
 from bitmoe.train.console import RunConsole, SilentConsole
@@ -59,7 +59,7 @@ def pretrain(config: Config) -> int:
             close_run(training)
         else:
             console.say(f"stopped by {stop.received or 'a signal to another rank'} after saving")
-    dist.barrier()
+    leave()
     return DONE if finished else STOPPED
 
 

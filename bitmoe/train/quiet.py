@@ -13,4 +13,5 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", module=r"megatron\.")
     warnings.filterwarnings("ignore", message=".*is deprecated.*", category=FutureWarning)
     warnings.filterwarnings("ignore", message=r".*\.grad attribute of a Tensor that is not a leaf.*")
-    logging.getLogger("megatron").setLevel(logging.ERROR)
+    for name in ("megatron", "torch.utils.cpp_extension"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -3,6 +3,8 @@
 It recomputes the whole context for every token, in the training layout; serving is another matter.
 """
 
+import math
+
 import numpy as np
 import torch
 
@@ -11,7 +13,7 @@ from bitmoe.train.engine import MegatronEngine
 
 
 def continue_text(
-    engine: MegatronEngine, tokenizer: Tokenizer, prompt: str, num_tokens: int = 160, temperature: float = 0.7
+    engine: MegatronEngine, tokenizer: Tokenizer, prompt: str, num_tokens: int = 120, temperature: float = 0.7
 ) -> str:
     """Sample a continuation; every rank must call it, and gets the same text.
 
@@ -28,8 +30,11 @@ def continue_text(
     tokens[0, : len(start)] = start
     generator = np.random.default_rng(engine.config.run.seed)
     end = len(start)
+    # Padding behind a token cannot change it. Sequence parallelism cuts the length over the tensor group.
+    block = math.lcm(32, engine.groups.tp.size())
     while end < min(length, len(start) + num_tokens):
-        logits = engine.logits(torch.from_numpy(tokens))[0, end - 1, : tokenizer.vocab_size].double().cpu().numpy()
+        padded = min(length, math.ceil(end / block) * block)
+        logits = engine.logits(torch.from_numpy(tokens[:, :padded]))[0, end - 1, : tokenizer.vocab_size].double().cpu().numpy()
         # The largest of logits plus Gumbel noise is a draw from their softmax.
         token = int(np.argmax(logits / temperature + generator.gumbel(size=logits.shape)))
         if token == tokenizer.eod_id:

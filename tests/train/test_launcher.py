@@ -76,7 +76,7 @@ def test_launch_maps_exit_codes(program, expected):
 
 
 def test_launch_environment(tmp_path):
-    names = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT OMP_NUM_THREADS"
+    names = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE BITMOE_RENDEZVOUS OMP_NUM_THREADS"
     program = f"""
         import json
         found = {{name: os.environ[name] for name in {names!r}.split()}}
@@ -88,7 +88,7 @@ def test_launch_environment(tmp_path):
     assert (first.pop("RANK"), second.pop("RANK")) == ("0", "1")
     assert (first.pop("LOCAL_RANK"), second.pop("LOCAL_RANK")) == ("0", "1")
     assert first == second
-    assert (first["WORLD_SIZE"], first["LOCAL_WORLD_SIZE"], first["MASTER_ADDR"]) == ("2", "2", "127.0.0.1")
+    assert (first["WORLD_SIZE"], first["LOCAL_WORLD_SIZE"], first["BITMOE_RENDEZVOUS"][:7]) == ("2", "2", "file://")
     assert int(first["OMP_NUM_THREADS"]) == max(1, len(os.sched_getaffinity(0)) // 2)
     assert (
         launch(rank_program("sys.exit(os.environ['OMP_NUM_THREADS'] != '7')"), 2, {**env, "OMP_NUM_THREADS": "7"}) == 0
