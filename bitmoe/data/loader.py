@@ -18,6 +18,9 @@ from bitmoe.data.blend import Blend
 from bitmoe.data.token_data import TokenData
 from bitmoe.data.windows import Windows
 
+_EVAL_KEY = 0
+"""The order of held-out text is the same for every run.seed."""
+
 
 class BatchLoader:
     """Shuffled, blended, endless training batches.
@@ -64,7 +67,7 @@ class BatchLoader:
 
 
 class EvalLoader:
-    """The held-out text in file order, parts interleaved in proportion to their size; nothing comes twice.
+    """The held-out text in one fixed shuffled order, so that its first batches stand for all; nothing comes twice.
 
     Args:
         data: what ``prepare`` returned.
@@ -88,8 +91,7 @@ class EvalLoader:
                 fix="raise it, give more text, or lower context.seq_length or run.global_batch_size",
                 key="data.eval_fraction",
             )
-        places = [(np.arange(count) + 0.5) / count for count in self.windows.counts if count]
-        self._order = np.argsort(np.concatenate(places), kind="stable")
+        self._order = _shuffled(len(self.windows), [_EVAL_KEY])
 
     def batch(self, number: int, rows: Sequence[int]) -> dict[str, torch.Tensor]:
         """Return some rows of an evaluation batch.
@@ -129,10 +131,15 @@ class _ShuffledWindows:
 
     def _order(self, epoch: int) -> np.ndarray:
         if epoch not in self._orders:
-            bits = np.random.Philox(np.random.SeedSequence([*self._key, epoch]))
-            order = np.argsort(bits.random_raw(len(self.windows)), kind="stable")
+            order = _shuffled(len(self.windows), [*self._key, epoch])
             self._orders = {e: o for e, o in self._orders.items() if abs(e - epoch) == 1} | {epoch: order}
         return self._orders[epoch]
+
+
+def _shuffled(count: int, key: list[int]) -> np.ndarray:
+    """A permutation of ``count`` that depends on ``key`` alone, in every release of numpy."""
+    bits = np.random.Philox(np.random.SeedSequence(key))
+    return np.argsort(bits.random_raw(count), kind="stable")
 
 
 def _checked(rows: Sequence[int], global_batch_size: int) -> np.ndarray:
