@@ -48,7 +48,7 @@ def ternarize_rows(
 
     Args:
         w_OI: weight [O, I] (this rank's rows).
-        scale_ids_O: which scale each row belongs to, int64 [O]; every scale has equally many rows.
+        scale_ids_O: which scale each row belongs to, int64 [O]; with grouped queries q has more rows than k or v.
         num_scales: number of different ids.
         reduce_group: ranks that share these scales, or None if this rank owns their rows alone.
 
@@ -57,12 +57,12 @@ def ternarize_rows(
     """
     num_rows, num_columns = w_OI.shape
     row_sums = absmean_sums(w_OI, groups=num_rows, dim=0)
-    sums = row_sums.new_zeros(num_scales).index_add_(0, scale_ids_O, row_sums)
-    count = num_rows // num_scales * num_columns
+    row_counts = torch.full_like(row_sums, num_columns)
+    sums, counts = (x.new_zeros(num_scales).index_add_(0, scale_ids_O, x) for x in (row_sums, row_counts))
     if reduce_group is not None:
         dist.all_reduce(sums, group=reduce_group)
-        count *= reduce_group.size()
-    scale_O = absmean_scale(sums, count)[scale_ids_O]
+        counts *= reduce_group.size()
+    scale_O = absmean_scale(sums / counts, count=1)[scale_ids_O]
     return ternary_codes(w_OI, scale_O, dim=0), scale_O
 
 

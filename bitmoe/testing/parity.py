@@ -5,7 +5,7 @@ together from the shards that every rank describes, so a test compares two layou
 shard on different ranks must be equal bit for bit; a difference is an error here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
@@ -20,22 +20,29 @@ from bitmoe.train.engine import Batch, MegatronEngine
 # Shapes: B = sequences, S = sequence length.
 
 
-def make_engine(config: Config, gain_noise: float = 0.2) -> MegatronEngine:
-    """Build an engine in this layout, its norm gains moved off one so that mistakes with them show.
+def make_engine(config: Config) -> MegatronEngine:
+    """Build an engine in this layout, with ``move_off_start`` applied.
 
     Args:
         config: complete and valid for the ranks that run this.
-        gain_noise: largest relative change of a gain; depends on name and index only.
     """
     start()
     engine = MegatronEngine(config, make_groups(config.parallel))
-    for shard in engine.sharded_state().values():
-        if "norm" in shard.key:
-            index = global_index(shard, torch.arange(shard.data.numel()))
-            shard.data.data.copy_((1 + gain_noise * torch.sin(index * 1.7)).view_as(shard.data))
+    move_off_start(engine.sharded_state().values())
     engine.optimizer.reload_model_params()
     engine.policy.parameters_changed()
     return engine
+
+
+@torch.no_grad()
+def move_off_start(shards: Iterable[ShardedTensor]) -> None:
+    """Move norm gains off one and expert biases off zero, so that mistakes with them show; the same in every layout."""
+    for shard in shards:
+        wave = torch.sin(global_index(shard, torch.arange(shard.data.numel())) * 1.7).view_as(shard.data)
+        if "norm" in shard.key:
+            shard.data.copy_(1 + 0.2 * wave)
+        elif "expert_bias" in shard.key:
+            shard.data.copy_(0.02 * wave)
 
 
 def random_batches(config: Config, step: int) -> Callable[[range], Batch]:
@@ -82,19 +89,23 @@ def gather_global(shards: list[tuple[ShardedTensor, torch.Tensor]]) -> dict[str,
 
 
 def first_step(config: Config) -> dict:
-    """Loss, gradients, gradient norm and ternary codes of the first step.
+    """Loss, gradients, gradient norm, weights and ternary codes of the first step.
 
     Returns:
-        On rank 0 ``loss``, ``grad_norm``, ``grads`` and ``codes`` (by global name); elsewhere an empty dictionary.
+        On rank 0 ``loss``, ``grad_norm``, ``grads``, ``weights`` (buffers included) and ``codes`` (by global name);
+        elsewhere an empty dictionary.
     """
     engine = make_engine(config)
     engine.set_stage(1)
+    shards = list(engine.sharded_state().values())
+    weights = gather_global([(shard, shard.data) for shard in shards])
     loss = engine.compute_gradients(random_batches(config, 1), whole=True)
-    shards = [s for s in engine.sharded_state().values() if isinstance(s.data, torch.nn.Parameter)]
-    grads = gather_global([(shard, shard.data.main_grad) for shard in shards])
+    parameters = [shard for shard in shards if isinstance(shard.data, torch.nn.Parameter)]
+    grads = gather_global([(shard, shard.data.main_grad) for shard in parameters])
     codes = gather_global(ternary_codes(engine))
     _, grad_norm, _ = engine.optimizer.step()
-    return {"loss": loss, "grad_norm": float(grad_norm), "grads": grads, "codes": codes} if grads else {}
+    step = {"loss": loss, "grad_norm": float(grad_norm), "grads": grads, "weights": weights, "codes": codes}
+    return step if dist.get_rank() == 0 else {}
 
 
 def ternary_codes(engine: MegatronEngine) -> list[tuple[ShardedTensor, torch.Tensor]]:
@@ -110,18 +121,20 @@ def ternary_codes(engine: MegatronEngine) -> list[tuple[ShardedTensor, torch.Ten
     return found
 
 
-def loss_curve(config: Config, steps: int, perturb_ulp: bool = False) -> list[float]:
+def loss_curve(config: Config, steps: int, perturb_seed: int | None = None) -> list[float]:
     """Losses of the first ``steps`` optimizer steps.
 
     Args:
         config: the run; random tokens stand for data.
         steps: how many.
-        perturb_ulp: first move every weight by one unit in the last place, to see how far rounding alone carries.
+        perturb_seed: first move every weight by one unit in the last place, in directions drawn with this seed, to
+            see how far rounding alone carries; None leaves them.
     """
     engine = make_engine(config)
-    if perturb_ulp:
-        for chunk in engine.models:
-            for parameter in chunk.parameters():
-                parameter.data.copy_(torch.nextafter(parameter.data, torch.full_like(parameter.data, 1e9)))
+    if perturb_seed is not None:
+        generator = torch.Generator().manual_seed(perturb_seed)
+        for parameter in (p for chunk in engine.models for p in chunk.parameters()):
+            up = torch.rand(parameter.shape, generator=generator) < 0.5
+            parameter.data.copy_(torch.nextafter(parameter.data, torch.where(up, torch.inf, -torch.inf)))
         engine.optimizer.reload_model_params()
     return [engine.train_step(step, random_batches(config, step)).loss for step in range(1, steps + 1)]

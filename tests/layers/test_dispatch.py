@@ -1,0 +1,98 @@
+"""The trip of tokens to their experts: nothing is lost on it, and the way back is its adjoint."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+
+from bitmoe.config.schema import Config, ModelConfig, MoEConfig, ParallelConfig, Precision, RunConfig
+from bitmoe.layers.dispatch import Dispatch
+from bitmoe.model.transformer_config import make_transformer_config
+from bitmoe.parallel.process_groups import make_groups, start
+
+# Shapes: T = tokens of this rank, E = experts, R = rows on this rank, H = hidden.
+
+TOKENS, EXPERTS, HIDDEN = 6, 4, 8
+LAYOUTS = {"EP2": ParallelConfig(expert=2), "ETP2": ParallelConfig(expert_tensor=2), "EP1": ParallelConfig()}
+
+
+def make_dispatch(parallel, generator):
+    start()
+    config = make_transformer_config(
+        Config(
+            model=ModelConfig(hidden_size=HIDDEN, num_attention_heads=2, vocab_size=10),
+            moe=MoEConfig(num_experts=EXPERTS, ffn_hidden_size=8),
+            parallel=parallel,
+            run=RunConfig(precision=Precision.fp32),
+        )
+    )
+    groups = make_groups(parallel)
+    num_local = EXPERTS // parallel.expert
+    first = groups.ep.rank() * num_local
+    dispatcher = MoEAlltoAllTokenDispatcher(
+        num_local, list(range(first, first + num_local)), config=config, pg_collection=groups.mcore
+    )
+    # Expert 2 gets no token at all.
+    scores_TE = torch.rand(TOKENS, EXPERTS, generator=generator)
+    scores_TE[:, 2] = -1.0
+    routing_map_TE = torch.zeros(TOKENS, EXPERTS).scatter(1, scores_TE.topk(2).indices, 1).bool()
+    return Dispatch(dispatcher, routing_map_TE), routing_map_TE
+
+
+def round_trip(parallel):
+    """Inner products of both sides, and the trip of int8 codes beside that of the same numbers in fp32."""
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    dispatch, routing_map_TE = make_dispatch(parallel, generator)
+    x_TH = torch.randint(-8, 8, (TOKENS, HIDDEN), generator=generator, dtype=torch.int8)
+    scale_T1 = torch.rand(TOKENS, 1, generator=generator)
+    codes_RH, scale_R1 = dispatch.send(x_TH, scale_T1)
+    values_RH, _ = dispatch.send(x_TH.float(), scale_T1)
+    y_RH = torch.randn(codes_RH.shape, generator=generator, dtype=torch.float64)
+    home_TH = dispatch.send_back(y_RH)
+    # <send(x), y> = <x, send_back(y)>, added over ranks.
+    products = torch.stack([(values_RH * y_RH).sum(), (x_TH * home_TH).sum()])
+    dist.all_reduce(products)
+    probs_TE = routing_map_TE.float() * torch.rand(TOKENS, EXPERTS, generator=generator)
+    scaled_RH = codes_RH * scale_R1 / parallel.expert_tensor
+    return {
+        "products": products.tolist(),
+        "counts": dispatch.counts_E.tolist(),
+        "same codes": codes_RH.dtype == torch.int8 and torch.equal(codes_RH.float(), values_RH),
+        "combined": dispatch.combine(scaled_RH, probs_TE),
+        "wanted": x_TH * scale_T1 * probs_TE.sum(1, keepdim=True),
+    }
+
+
+@pytest.mark.parametrize(("name", "world_size"), [("EP1", 1), ("EP2", 2), ("ETP2", 2), ("EP1", 2)])
+def test_round_trip(name, world_size, ranks):
+    results = ranks(world_size).run(round_trip, LAYOUTS[name])
+    for result in results:
+        sent, returned = result["products"]
+        assert sent == pytest.approx(returned, rel=1e-12)
+        assert result["same codes"]
+        # Experts that return what they got: every token comes home, with its own scale, times its probabilities.
+        torch.testing.assert_close(result["combined"], result["wanted"])
+    parallel = LAYOUTS[name]
+    received = sum(sum(result["counts"]) for result in results)
+    assert received == 2 * TOKENS * world_size * parallel.expert_tensor
+    local_experts = EXPERTS // parallel.expert
+    assert all(len(result["counts"]) == local_experts for result in results)
+    assert results[-1]["counts"][2 % local_experts] == 0
+
+
+def two_in_flight():
+    """Two forwards before either goes back, as pipelines do: each takes the way of its own routing."""
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    first, routing_map_TE = make_dispatch(LAYOUTS["EP2"], generator)
+    second = Dispatch(first._dispatcher, routing_map_TE.roll(1, 0))
+    x_TH = torch.randn(TOKENS, HIDDEN, generator=generator)
+    ones_T1 = torch.ones(TOKENS, 1)
+    rows_first, _ = first.send(x_TH, ones_T1)
+    rows_second, _ = second.send(x_TH, ones_T1)
+    return x_TH, first.send_back(rows_first), second.send_back(rows_second)
+
+
+def test_two_trips_do_not_mix(ranks):
+    for x_TH, back_first, back_second in ranks(2).run(two_in_flight):
+        torch.testing.assert_close(back_first, 2 * x_TH)
+        torch.testing.assert_close(back_second, 2 * x_TH)
