@@ -199,14 +199,19 @@ def group_products(
 ) -> torch.Tensor:
     """Product whose contracted features lie in G groups with their own scales, added as a tree: [T, H]."""
     num_groups = len(w_scale_G)
-    x_GTF = codes_TF.unflatten(1, (num_groups, -1)).transpose(0, 1)
-    w_GHF = w_codes_HF.unflatten(1, (num_groups, -1)).transpose(0, 1)
-    sums_GTH = code_matmul(x_GTF, w_GHF).to(scale_TG.dtype)
-    return tree_sum(sums_GTH * scale_TG.T[:, :, None] * w_scale_G[:, None, None])
+    codes, w_codes = codes_TF.chunk(num_groups, 1), w_codes_HF.chunk(num_groups, 1)
+
+    def part(group: int) -> torch.Tensor:
+        sums_TH = code_matmul(codes[group], w_codes[group]).to(scale_TG.dtype)
+        return sums_TH * scale_TG[:, group, None] * w_scale_G[group]
+
+    return tree_sum(part, num_groups)
 
 
 def group_outer(grad_TH: torch.Tensor, codes_TF: torch.Tensor, scale_TG: torch.Tensor) -> torch.Tensor:
     """Weight gradient [H, F] of ``group_products``: each group's token scale is folded into dY."""
-    codes_GTF = codes_TF.unflatten(1, (scale_TG.shape[1], -1)).transpose(0, 1).to(grad_TH.dtype)
-    grad_GHT = _scaled(grad_TH[None], scale_TG.T[:, :, None]).transpose(1, 2)
-    return (grad_GHT @ codes_GTF).transpose(0, 1).flatten(1)
+    parts = [
+        _scaled(grad_TH, scale_T1).T @ codes.to(grad_TH.dtype)
+        for scale_T1, codes in zip(scale_TG.split(1, 1), codes_TF.chunk(scale_TG.shape[1], 1), strict=True)
+    ]
+    return torch.cat(parts, dim=1)

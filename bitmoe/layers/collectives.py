@@ -4,6 +4,8 @@ Sequence-parallel tensors are split along dimension 0. ``tree_sum`` fixes the or
 halves of halves, so that a power-of-two number of ranks, each adding its own part first, gives the same bits.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 
@@ -19,13 +21,15 @@ def gather_first_dim(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     return out
 
 
-def tree_sum(parts: torch.Tensor) -> torch.Tensor:
-    """Add [n, ...] over dimension 0 as a binary tree of halves."""
-    count = parts.shape[0]
+def tree_sum(part: Callable[[int], torch.Tensor], count: int, first: int = 0) -> torch.Tensor:
+    """Add ``part(first)`` ... ``part(first + count - 1)`` as a binary tree of halves.
+
+    Parts are made when the tree reaches them, so only about log2(count) of them exist at a time.
+    """
     if count == 1:
-        return parts[0]
+        return part(first)
     half = count // 2
-    return tree_sum(parts[:half]) + tree_sum(parts[half:])
+    return tree_sum(part, half, first) + tree_sum(part, count - half, first + half)
 
 
 def sum_over_ranks(
@@ -43,7 +47,8 @@ def sum_over_ranks(
     if num_ranks == 1:
         return x
     if deterministic:
-        total = tree_sum(gather_first_dim(x.unsqueeze(0), group))
+        parts = gather_first_dim(x.unsqueeze(0), group)
+        total = tree_sum(lambda rank: parts[rank], num_ranks)
         return total.chunk(num_ranks)[group.rank()].contiguous() if scatter else total
     if scatter:
         out = x.new_empty(x.shape[0] // num_ranks, *x.shape[1:])

@@ -149,16 +149,17 @@ class _ExpertRowProduct(torch.autograd.Function):
         codes_RF, scale_RG = quantize_grouped(x_RF, "down", policy, num_groups, reduce_group)
         ctx.save_for_backward(codes_RF, scale_RG, w_codes_EHF, w_scale_EG)
         w_scale_RG = _per_row(w_scale_EG, counts_E, len(codes_RF))
-        parts = [
-            grouped_code_matmul(codes, w_codes, counts_E, _sum_dtype(x_RF.dtype)).to(scale_RG.dtype)
-            for codes, w_codes in zip(codes_RF.chunk(num_groups, 1), w_codes_EHF.chunk(num_groups, 2), strict=True)
-        ]
-        sums_GRH = torch.stack(parts)
-        if reduce_group is not None:
-            # One group over all etp ranks: add integers before scaling, and hand the sum on from one rank only.
-            dist.all_reduce(sums_GRH, group=reduce_group)
-            sums_GRH = sums_GRH if reduce_group.rank() == 0 else torch.zeros_like(sums_GRH)
-        return tree_sum(sums_GRH * scale_RG.T[:, :, None] * w_scale_RG.T[:, :, None]).to(x_RF.dtype)
+        codes, w_codes = codes_RF.chunk(num_groups, 1), w_codes_EHF.chunk(num_groups, 2)
+
+        def part(group: int) -> torch.Tensor:
+            sums_RH = grouped_code_matmul(codes[group], w_codes[group], counts_E, _sum_dtype(x_RF.dtype))
+            if reduce_group is not None:
+                # One group over all etp ranks: add integers before scaling, and hand the sum on from one rank only.
+                dist.all_reduce(sums_RH, group=reduce_group)
+                sums_RH = sums_RH if reduce_group.rank() == 0 else torch.zeros_like(sums_RH)
+            return sums_RH.to(scale_RG.dtype) * scale_RG[:, group, None] * w_scale_RG[:, group, None]
+
+        return tree_sum(part, num_groups).to(x_RF.dtype)
 
     @staticmethod
     def backward(ctx, grad_RH):

@@ -131,9 +131,7 @@ def evaluate(training: Training, metrics: MetricsLog | None) -> None:
     with training.console.phase("evaluation"):
         training.engine.record_statistics(False)
         training.engine.set_stage(max(training.step, 1))
-        losses = [
-            training.engine.evaluate(lambda rows, i=i: training.held_out.batch(i, rows)) for i in range(number)
-        ]
+        losses = [training.engine.evaluate(lambda rows, i=i: training.held_out.batch(i, rows)) for i in range(number)]
         training.val_loss = sum(losses) / number
         if training.bigram_entropy is None:
             training.bigram_entropy = bigram_entropy(training.held_out.text(number))

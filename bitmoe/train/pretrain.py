@@ -94,9 +94,7 @@ def _with_vocabulary(config: Config, data: TokenData) -> Config:
     return config
 
 
-def _set_up(
-    config: Config, run: RunDir, data: TokenData, checkpoint: Path | None, console: SilentConsole
-) -> Training:
+def _set_up(config: Config, run: RunDir, data: TokenData, checkpoint: Path | None, console: SilentConsole) -> Training:
     sizes = {"seq_length": config.context.seq_length, "global_batch_size": config.run.global_batch_size}
     loader = BatchLoader(data, seed=config.run.seed, **sizes)
     held_out = EvalLoader(data, **sizes)

@@ -13,7 +13,7 @@ from bitmoe.train.engine import MegatronEngine
 
 
 def continue_text(
-    engine: MegatronEngine, tokenizer: Tokenizer, prompt: str, num_tokens: int = 120, temperature: float = 0.7
+    engine: MegatronEngine, tokenizer: Tokenizer, prompt: str, num_tokens: int = 120, temperature: float = 0.5
 ) -> str:
     """Sample a continuation; every rank must call it, and gets the same text.
 
@@ -34,7 +34,12 @@ def continue_text(
     block = math.lcm(32, engine.groups.tp.size())
     while end < min(length, len(start) + num_tokens):
         padded = min(length, math.ceil(end / block) * block)
-        logits = engine.logits(torch.from_numpy(tokens[:, :padded]))[0, end - 1, : tokenizer.vocab_size].double().cpu().numpy()
+        logits = (
+            engine.logits(torch.from_numpy(tokens[:, :padded]))[0, end - 1, : tokenizer.vocab_size]
+            .double()
+            .cpu()
+            .numpy()
+        )
         # The largest of logits plus Gumbel noise is a draw from their softmax.
         token = int(np.argmax(logits / temperature + generator.gumbel(size=logits.shape)))
         if token == tokenizer.eod_id:
