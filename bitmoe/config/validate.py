@@ -99,6 +99,12 @@ def _moe(config: Config) -> Iterator[InputError]:
     moe = config.moe
     if not moe.num_experts:
         return
+    if moe.router_topk == 1 and moe.score is Score.softmax:
+        yield InputError(
+            "1 with moe.score=softmax: the softmax of one score is 1 whatever the router says, so it cannot learn",
+            fix="moe.score=sigmoid, or 2 or more",
+            key="moe.router_topk",
+        )
     if moe.router_topk > moe.num_experts:
         yield InputError(
             f"{moe.router_topk} experts for each token of moe.num_experts={moe.num_experts}",

@@ -27,7 +27,7 @@ class MoELayer(torch.nn.Module, ShardedParameters):
         self.groups, self.policy = context.groups, context.policy
         self.statistics = RouterStatistics(context.moe.num_experts, context.moe.router_topk)
         self.layer_number = 0
-        self.router = Router(config, context.groups.mcore, context.policy.deterministic)
+        self.router = Router(config, context.groups.mcore, context.policy)
         self.experts = RoutedExperts(context)
         size = context.moe.shared_expert_size
         self.shared_experts = FeedForward(size, context) if size else None

@@ -214,25 +214,13 @@ def _call(connection: Connection, store: str, module_name: str, path: str, funct
     # The groups of the call before: all ranks have answered it, so nobody waits in one. Those of a layout
     # take tens of threads and sockets, which would add up over a test suite.
     if dist.is_initialized():
-        _free_models()
+        gc.collect()
         dist.destroy_process_group()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
     module = _load(module_name, Path(path))
     # Arguments come second: their classes may stand in the file just loaded.
     return getattr(module, function)(*connection.recv())
-
-
-def _free_models() -> None:
-    """Let go of the models of the call before, which hold process groups, and these their threads.
-
-    megatron-core's configuration keeps the optimizer, which keeps nodes of autograd whose hooks keep the model: a cycle
-    that garbage collection cannot see.
-    """
-    for obj in gc.get_objects():
-        if type(obj).__name__ == "TransformerConfig":
-            obj.grad_scale_func = None
-    gc.collect()
 
 
 def _load(module_name: str, path: Path) -> ModuleType:

@@ -104,7 +104,6 @@ class MegatronEngine:
         """Tell megatron-core's schedules how to finish and synchronize gradients."""
         settings, engine, chunks = self.transformer_config, self.config.engine, self.chunks
         settings.finalize_model_grads_func = finalize_model_grads
-        settings.grad_scale_func = self.optimizer.scale_loss
         if engine.overlap_grad_reduce:
             settings.no_sync_func = _one_or_all([chunk.no_sync for chunk in chunks])
         if engine.overlap_param_gather:

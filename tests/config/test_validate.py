@@ -104,6 +104,7 @@ CASES = [
     ([*DENSE, "parallel.expert_tensor=2"], None, "parallel.expert_tensor", "2 in a dense model", "=1"),
     (["parallel.expert=3"], None, "parallel.expert", "8 experts do not divide by 3", "one of 1, 2, 4, 8"),
     (["moe.router_topk=9"], None, "moe.router_topk", "9 experts for each token", "at most 8"),
+    (["moe.router_topk=1"], None, "moe.router_topk", "the softmax of one score is 1", "moe.score=sigmoid"),
     (["moe.expert_bias=true"], None, "moe.expert_bias", "not softmax", "moe.score=sigmoid"),
     (["parallel.sequence=false"], None, "parallel.sequence", "parallel.tensor=2 need sequence", "=true"),
     (
