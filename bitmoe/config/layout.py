@@ -78,6 +78,8 @@ def _groups(config: Config) -> Iterator[InputError]:
 
 def _pipeline(config: Config) -> Iterator[InputError]:
     stages, chunks = config.parallel.pipeline, config.parallel.virtual_pipeline
+    if chunks == 1:
+        yield InputError("1 chunk is no virtual pipeline", fix="null, or 2 or more", key="parallel.virtual_pipeline")
     layers = config.model.num_layers
     if chunks and stages == 1:
         yield InputError(

@@ -338,7 +338,7 @@ class RunConfig:
     precision: Precision = Precision.bf16
     """Compute dtype."""
     deterministic: bool = False
-    """Fixed summation trees across ranks: bit-equal losses in every tensor-parallel layout; slower."""
+    """Fixed summation trees in the forward pass: equal weights give bit-equal losses at any power-of-two TP; slower."""
     resume: Resume = Resume.auto
     """What to do with a run directory that exists."""
     checkpoint_every: int = 500

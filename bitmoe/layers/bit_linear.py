@@ -172,7 +172,8 @@ class _RowProduct(torch.autograd.Function):
         ctx.save_for_backward(codes_TF, scale_TG, w_codes_HF, w_scale_G)
         if reduce_group is None:
             y_TH = group_products(codes_TF, w_codes_HF, scale_TG, w_scale_G)
-            return sum_over_ranks(y_TH.view(*lead, -1).to(x_SBF.dtype), group, **reduce)
+            wire = y_TH.dtype if policy.deterministic else x_SBF.dtype
+            return sum_over_ranks(y_TH.view(*lead, -1).to(wire), group, **reduce).to(x_SBF.dtype)
         sums_SBH = sum_over_ranks(code_matmul(codes_TF, w_codes_HF).view(*lead, -1), group, scatter=sequence_parallel)
         scale_SB1 = scale_TG.view(*lead, 1)
         if sequence_parallel:

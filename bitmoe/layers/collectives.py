@@ -68,13 +68,13 @@ def features_to_rows(x_TF: torch.Tensor, group: dist.ProcessGroup) -> torch.Tens
     padded = torch.nn.functional.pad(x_TF, (0, 0, 0, -x_TF.shape[0] % n))
     received = torch.empty_like(padded)
     dist.all_to_all_single(received, padded.contiguous(), group=group)
-    return received.view(n, -1, num_features).transpose(0, 1).reshape(-1, n * num_features)
+    return received.view(n, len(padded) // n, num_features).transpose(0, 1).flatten(1)
 
 
 def rows_to_features(x_rows: torch.Tensor, num_tokens: int, group: dist.ProcessGroup) -> torch.Tensor:
     """Undo ``features_to_rows``: [T'/n, n*F] becomes this rank's [T, F]."""
     n = group.size()
-    blocks = x_rows.view(x_rows.shape[0], n, -1).transpose(0, 1).contiguous()
+    blocks = x_rows.view(len(x_rows), n, x_rows.shape[1] // n).transpose(0, 1).contiguous()
     received = torch.empty_like(blocks)
     dist.all_to_all_single(received, blocks, group=group)
-    return received.view(-1, blocks.shape[-1])[:num_tokens]
+    return received.flatten(0, 1)[:num_tokens]

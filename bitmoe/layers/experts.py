@@ -89,7 +89,9 @@ class RoutedExperts(torch.nn.Module, ShardedParameters):
         x_RF = gated_activation(self.activation, gate_up)
         counts_E = dispatch.counts_E
         if self.sub_norm_weight is not None:
-            gain_RF = self.sub_norm_weight.repeat_interleave(counts_E.to(x_RF.device), dim=0, output_size=len(x_RF))
+            # In fp32, so that the gradient of a gain is added up over its rows in fp32.
+            gain_EF = self.sub_norm_weight.to(torch.promote_types(x_RF.dtype, torch.float32))
+            gain_RF = _per_row(gain_EF, counts_E, len(x_RF))
             x_RF = sub_norm(x_RF, gain_RF, self.eps, self.num_groups, self.reduce_group)
         codes, scale = self.fc2_cache.get() if is_ternary else (None, None)
         return _ExpertRowProduct.apply(x_RF, self.fc2_weight, codes, scale, self.policy, counts_E, self.reduce_group)
@@ -100,9 +102,9 @@ def _per_row(scale_E: torch.Tensor, counts_E: torch.Tensor, num_rows: int) -> to
     return scale_E.repeat_interleave(counts_E.to(scale_E.device), dim=0, output_size=num_rows)
 
 
-def _sum_dtype(model_dtype: torch.dtype) -> torch.dtype:
-    """bf16 models may round sums of codes once to bf16 (the GPU's grouped kernel); others keep them exact in fp32."""
-    return torch.bfloat16 if model_dtype == torch.bfloat16 else torch.float32
+def _sum_dtype(x: torch.Tensor) -> torch.dtype:
+    """bf16 models on GPUs round sums of codes once to bf16 (torch's grouped kernel); others keep them exact in fp32."""
+    return torch.bfloat16 if x.is_cuda and x.dtype == torch.bfloat16 else torch.float32
 
 
 class _DispatchedProduct(torch.autograd.Function):
@@ -119,7 +121,7 @@ class _DispatchedProduct(torch.autograd.Function):
         codes_TH, scale_T1 = quantize_whole_rows(x_TH, "gate_up", policy)
         codes_RH, scale_R1 = dispatch.send(codes_TH, scale_T1)
         ctx.save_for_backward(codes_RH, scale_R1, w_codes_EOH, w_scale_EO)
-        sums_RO = grouped_code_matmul(codes_RH, w_codes_EOH, dispatch.counts_E, _sum_dtype(x_TH.dtype))
+        sums_RO = grouped_code_matmul(codes_RH, w_codes_EOH, dispatch.counts_E, _sum_dtype(x_TH))
         w_scale_RO = _per_row(w_scale_EO, dispatch.counts_E, len(codes_RH))
         return (sums_RO.to(scale_R1.dtype) * scale_R1 * w_scale_RO).to(x_TH.dtype)
 
@@ -152,7 +154,8 @@ class _ExpertRowProduct(torch.autograd.Function):
         codes, w_codes = codes_RF.chunk(num_groups, 1), w_codes_EHF.chunk(num_groups, 2)
 
         def part(group: int) -> torch.Tensor:
-            sums_RH = grouped_code_matmul(codes[group], w_codes[group], counts_E, _sum_dtype(x_RF.dtype))
+            dtype = _sum_dtype(x_RF) if reduce_group is None else torch.float32
+            sums_RH = grouped_code_matmul(codes[group], w_codes[group], counts_E, dtype)
             if reduce_group is not None:
                 # One group over all etp ranks: add integers before scaling, and hand the sum on from one rank only.
                 dist.all_reduce(sums_RH, group=reduce_group)

@@ -78,7 +78,7 @@ def sub_norm(
     Returns:
         [..., F] in the dtype of x_TF.
     """
-    return _SubNormalize.apply(x_TF, num_groups, eps, reduce_group) * gain_TF
+    return (_SubNormalize.apply(x_TF, num_groups, eps, reduce_group) * gain_TF).to(x_TF.dtype)
 
 
 class _SubNormalize(torch.autograd.Function):

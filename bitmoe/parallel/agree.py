@@ -5,6 +5,7 @@ therefore done by rank 0, and its refusal reaches everybody.
 """
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -32,7 +33,10 @@ def on_first_rank(function: Callable[[], Result]) -> Result:
             error, outcome[1] = refused, (refused.what, refused.fix, refused.key)
         except BaseException as fault:
             error, outcome[1] = fault, f"{type(fault).__name__}: {fault}"
-    dist.broadcast_object_list(outcome, src=0, device=local_device())
+    # A group of its own: rank 0 may tokenize or hash for longer than a collective of the training may take.
+    patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+    dist.broadcast_object_list(outcome, src=0, group=patient)
+    dist.destroy_process_group(patient)
     if error is not None:
         raise error
     if isinstance(outcome[1], tuple):

@@ -1,7 +1,7 @@
 """Health of a quantized model: zeros and clipping of activation codes by role, zeros and flips of ternary codes.
 
-Counting costs reductions over every code tensor, so it runs only while ``recording`` (the trainer switches it on for
-the steps it logs). Counts stay on the device until ``collect``.
+Counting activations costs reductions over every code tensor, so it runs only while ``recording`` (the trainer switches
+it on for the steps it logs). Counts stay on the device until ``collect``.
 """
 
 from collections import defaultdict
@@ -29,9 +29,11 @@ class QuantStatistics:
             self._add(f"act/{role}", codes == 0, edge)
 
     def add_weights(self, role: str, codes: torch.Tensor, former: torch.Tensor | None) -> None:
-        """Count zeros of ternary codes, and how many differ from the codes of the former parameter value."""
-        if self.recording:
-            self._add(f"weight/{role}", codes == 0, codes != (codes if former is None else former))
+        """Count zeros of ternary codes, and how many differ from the codes of the former parameter value.
+
+        Counted whenever codes are made, once a step: an evaluation that makes them must not hide them.
+        """
+        self._add(f"weight/{role}", codes == 0, codes != (codes if former is None else former))
 
     def _add(self, key: str, zeros: torch.Tensor, others: torch.Tensor) -> None:
         total = torch.tensor(float(zeros.numel()), dtype=torch.float64, device=zeros.device)

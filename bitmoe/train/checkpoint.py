@@ -23,7 +23,7 @@ from torch.distributed.checkpoint import CheckpointException
 from bitmoe.config.errors import InputError
 from bitmoe.parallel.agree import any_rank, on_first_rank
 from bitmoe.parallel.process_groups import local_device
-from bitmoe.train.checkpoint_folder import commit, newest_checkpoint, open_temporary
+from bitmoe.train.checkpoint_folder import commit, newest_checkpoint, open_temporary, saved_state
 from bitmoe.train.engine import MegatronEngine
 from bitmoe.train.fingerprint import describe, fingerprints
 from bitmoe.train.manifest import verify, write_manifest
@@ -31,7 +31,7 @@ from bitmoe.train.optimizer_state import load_optimizer_state, sharded_optimizer
 from bitmoe.train.rng_state import gather_rng_state, restore_rng_state, write_rng_state
 from bitmoe.train.save_strategy import save_strategy
 
-__all__ = ["load_checkpoint", "newest_checkpoint", "save_checkpoint"]
+__all__ = ["load_checkpoint", "newest_checkpoint", "save_checkpoint", "saved_state"]
 
 # Manifest, plans and file headers; small next to any model.
 _OVERHEAD_BYTES = 16 << 20

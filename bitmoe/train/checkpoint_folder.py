@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bitmoe.config.errors import InputError
-from bitmoe.train.manifest import MANIFEST, verify
+from bitmoe.train.manifest import MANIFEST, read_manifest, verify
 from bitmoe.train.run_dir import require_space
 
 _COMMITTED = re.compile(r"step_(\d+)")
@@ -47,6 +47,11 @@ def newest_checkpoint(folder: Path, warn: Callable[[str], None]) -> Path | None:
             key="run.resume",
         )
     return None
+
+
+def saved_state(path: Path) -> dict:
+    """The ``state`` a verified checkpoint was saved with; its other files are not looked at."""
+    return read_manifest(path / MANIFEST)["state"]
 
 
 def open_temporary(folder: Path, step: int, needed_bytes: int) -> Path:

@@ -235,13 +235,15 @@ class MegatronEngine:
         """
         for chunk in self.chunks:
             chunk.eval()
-        batches = [{"tokens": tokens_BS.to(local_device())}]
+        # An interleaved schedule needs at least as many micro-batches as there are pipeline stages.
+        copies = self.groups.pp.size() if len(self.chunks) > 1 else 1
+        batches = [{"tokens": tokens_BS.to(local_device())}] * copies
         iterators = [iter(batches) for _ in self.chunks]
         outputs = self._forward_backward(
             forward_step_func=_forward_logits,
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
-            num_microbatches=1,
+            num_microbatches=copies,
             seq_length=tokens_BS.shape[1],
             micro_batch_size=tokens_BS.shape[0],
             forward_only=True,

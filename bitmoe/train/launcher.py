@@ -14,6 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import IO
 
 from bitmoe.train.status import BAD_INPUT, DONE, STOPPED
@@ -95,11 +96,22 @@ def _watch(launcher: int) -> None:
     os._exit(1)
 
 
+def count_gpus(env: Mapping[str, str]) -> int:
+    """GPUs that ranks with this environment would see, without importing torch."""
+    visible = env.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([device for device in visible.split(",") if device.strip()])
+    return len([path for path in Path("/dev").glob("nvidia*") if path.name.removeprefix("nvidia").isdigit()])
+
+
 def _environment(nproc: int, env: Mapping[str, str], rendezvous: str) -> dict[str, str]:
     """What all ranks share: the variables torchrun sets, and threads for an equal share of the cores.
 
     Ranks meet through a file and not a port: a port found free here may be taken before rank 0 listens on it.
     """
+    if 0 < count_gpus(env) < nproc:
+        print(f"{nproc} ranks, but {count_gpus(env)} GPUs: running on the CPU", flush=True)
+        env = {**env, "CUDA_VISIBLE_DEVICES": ""}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {
         "OMP_NUM_THREADS": str(max(1, cores // nproc)),

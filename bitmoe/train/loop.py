@@ -73,7 +73,7 @@ def train(training: Training, stop: StopSignal) -> bool:
     run = training.config.run
     metrics = MetricsLog(training.run, warn=training.console.warn) if training.is_first_rank else None
     if metrics:
-        metrics.truncate_after(training.step)
+        metrics.begin(training.step)
     clock = _StepClock()
     stopped = False
     while training.step < run.steps and not stopped:
@@ -97,8 +97,10 @@ def _train_one(training: Training, metrics: MetricsLog | None, clock: "_StepCloc
     is_logged = step % run.log_every == 0 or step == run.steps or step == 1
     engine.record_statistics(is_logged)
     result = engine.train_step(step, lambda rows: training.loader.batch(step - 1, rows))
-    if not math.isfinite(result.loss):
-        raise FloatingPointError(f"loss is {result.loss} at step {step}; the last checkpoint is from before it")
+    if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+        raise FloatingPointError(
+            f"loss {result.loss} and gradient norm {result.grad_norm} at step {step}: nothing of it was saved"
+        )
     training.step, training.last = step, result
     clock.tick()
     tokens_per_s = training.tokens_per_step / clock.seconds_per_step
@@ -133,6 +135,10 @@ def evaluate(training: Training, metrics: MetricsLog | None) -> None:
         training.engine.set_stage(max(training.step, 1))
         losses = [training.engine.evaluate(lambda rows, i=i: training.held_out.batch(i, rows)) for i in range(number)]
         training.val_loss = sum(losses) / number
+        if not math.isfinite(training.val_loss):
+            raise FloatingPointError(
+                f"held-out loss {training.val_loss} at step {training.step}: nothing of it was saved"
+            )
         if training.bigram_entropy is None:
             training.bigram_entropy = bigram_entropy(training.held_out.text(number))
     if metrics:

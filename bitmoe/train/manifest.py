@@ -51,7 +51,7 @@ def verify(folder: Path) -> dict[str, Any]:
     """
     try:
         _refuse_strangers([folder, folder / MANIFEST])
-        body = _read(folder / MANIFEST)
+        body = read_manifest(folder / MANIFEST)
         files = body["files"]
         _compare_names(folder, set(files))
         paths = [folder / name for name in files]
@@ -76,7 +76,12 @@ def _keep_others_out(path: Path) -> None:
     path.chmod(stat.S_IMODE(path.stat().st_mode) & ~_OTHERS_WRITE)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Read a manifest and check it against its own checksum, not the files it lists.
+
+    Raises:
+        InputError: it is damaged, or newer than this version.
+    """
     try:
         body = json.loads(path.read_bytes())
         if not isinstance(body, dict):

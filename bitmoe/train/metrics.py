@@ -5,6 +5,7 @@ digits to be read back exactly. TensorBoard shows the same numbers. Nothing here
 disk or a failing TensorBoard gives one warning, and the run goes on. Only rank 0 makes these objects.
 """
 
+import itertools
 import json
 import math
 import os
@@ -52,6 +53,17 @@ class MetricsLog:
                 self._write_tensorboard(record)
             except Exception as error:
                 self._tensorboard_failed(error)
+
+    def begin(self, step: int) -> None:
+        """Prepare for records after ``step``: drop later ones, or set a whole former record aside if step is 0."""
+        path = self._run_dir.metrics_file
+        if step > 0:
+            self.truncate_after(step)
+        elif path.exists() and path.stat().st_size:
+            aside = next(p for n in itertools.count(1) if not (p := path.with_name(f"metrics.{n}.jsonl")).exists())
+            self._close_file()
+            path.rename(aside)
+            self._warn(f"there was a record but no checkpoint of this run; the record is now {aside.name}")
 
     def truncate_after(self, step: int) -> None:
         """Drop the records of later steps than ``step``: the run resumes there and will write them again."""

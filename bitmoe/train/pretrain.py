@@ -17,13 +17,13 @@ from bitmoe.data.prepare import prepare
 from bitmoe.data.token_data import TokenData
 from bitmoe.parallel.agree import on_first_rank
 from bitmoe.parallel.process_groups import leave, make_groups, start
-from bitmoe.train.checkpoint import load_checkpoint, newest_checkpoint
+from bitmoe.train.checkpoint import load_checkpoint, newest_checkpoint, saved_state
 from bitmoe.train.closing import close_run
 from bitmoe.train.console import RunConsole, SilentConsole
 from bitmoe.train.engine import MegatronEngine
 from bitmoe.train.loop import Training, train
 from bitmoe.train.metrics import TextLog
-from bitmoe.train.run_dir import RunDir, changed_model_keys, check_resume, config_dict
+from bitmoe.train.run_dir import RunDir, changed_model_keys, changed_order_keys, check_resume, config_dict
 from bitmoe.train.status import DONE, STOPPED, write_running
 from bitmoe.train.stop_signal import StopSignal
 
@@ -99,7 +99,7 @@ def _set_up(config: Config, run: RunDir, data: TokenData, checkpoint: Path | Non
     loader = BatchLoader(data, seed=config.run.seed, **sizes)
     held_out = EvalLoader(data, **sizes)
     if checkpoint is not None:
-        on_first_rank(lambda: _check_same_model(run, config))
+        on_first_rank(lambda: _check_same_run(saved_state(checkpoint)["config"], config))
     engine = MegatronEngine(config, make_groups(config.parallel))
     state = load_checkpoint(checkpoint, engine) if checkpoint is not None else {"step": 0}
     _check_same_data(state, data)
@@ -109,14 +109,19 @@ def _set_up(config: Config, run: RunDir, data: TokenData, checkpoint: Path | Non
     return Training(config, run, engine, data, loader, held_out, console, step=state["step"])
 
 
-def _check_same_model(run: RunDir, config: Config) -> None:
-    changed = changed_model_keys(run.load_config() or {}, config_dict(config))
-    if changed:
-        raise InputError(
-            f"{', '.join(changed)} changed since this run began, which makes it another model",
-            fix="restore them, or start another run with run.name=...",
-            key=changed[0],
-        )
+def _check_same_run(saved: dict, config: Config) -> None:
+    """Refuse a changed model, and a changed order of the data: its position would mean something else."""
+    new = config_dict(config)
+    for changed, meaning in (
+        (changed_model_keys(saved, new), "which makes it another model"),
+        (changed_order_keys(saved, new), "which moves its position in the data"),
+    ):
+        if changed:
+            raise InputError(
+                f"{', '.join(changed)} changed since this run began, {meaning}",
+                fix="restore them, or start another run with run.name=...",
+                key=changed[0],
+            )
 
 
 def _check_same_data(state: dict, data: TokenData) -> None:

@@ -30,6 +30,7 @@ _TRAINING_ONLY = {
     "moe.expert_bias_rate",
     "moe.capacity_factor",
 }
+_ORDER_KEYS = ("run.seed", "run.global_batch_size", "context.seq_length", "data.weights")
 _MODEL_PREFIXES = ("model.", "moe.", "tokenizer.", "quant.weights", "quant.groups")
 
 
@@ -147,6 +148,12 @@ def changed_model_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         for key in before.keys() | after.keys()
         if key.startswith(_MODEL_PREFIXES) and key not in _TRAINING_ONLY and before.get(key) != after.get(key)
     )
+
+
+def changed_order_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Dotted keys that differ and decide which text a step sees; arguments as for ``changed_model_keys``."""
+    before, after = _flat(old), _flat(new)
+    return [key for key in _ORDER_KEYS if before.get(key) != after.get(key)]
 
 
 def config_dict(config: Config) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def whole(num_tokens, dtype):
     return (torch.arange(num_tokens * 6).view(num_tokens, 6) % 100).to(dtype)
 
 
-@pytest.mark.parametrize("num_tokens", [4, 5, 1])
+@pytest.mark.parametrize("num_tokens", [4, 5, 1, 0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
 def test_rows_are_whole_and_come_back(num_tokens, dtype, ranks):
     (first, back_0), (second, back_1) = ranks(2).run(exchange, num_tokens, dtype)

@@ -143,6 +143,52 @@ def pretrain_quietly(arguments: list[str]) -> int:
     return pretrain(compose([*arguments, "parallel=single", "run.sample=null"]))
 
 
+def test_pretrain_sets_a_record_without_checkpoint_aside(ranks, tmp_path):
+    run = tmp_path / "runs/tiny"
+    run.mkdir(parents=True)
+    (run / "metrics.jsonl").write_text('{"step": 7}\n')
+    assert ranks(1).run(pretrain_quietly, overrides(tmp_path, "run.steps=1")) == [0]
+    assert (run / "metrics.1.jsonl").read_text() == '{"step": 7}\n'
+    assert set(losses(tmp_path)) == {1}
+
+
+def sample_of_a_virtual_pipeline(arguments: list[str]) -> int:
+    from bitmoe.train.pretrain import pretrain
+
+    layout = ["parallel=pp2", "parallel.virtual_pipeline=2", "model.num_layers=4"]
+    return pretrain(compose([*arguments, *layout]))
+
+
+def test_pretrain_samples_from_a_virtual_pipeline(ranks, tmp_path):
+    assert ranks(2).run(sample_of_a_virtual_pipeline, overrides(tmp_path, "run.steps=1")) == [0, 0]
+
+
+def explode(arguments: list[str]) -> str:
+    """Train with a gradient that overflows while the loss is finite."""
+    from bitmoe.train import pretrain as module
+    from bitmoe.train.engine import MegatronEngine
+
+    class Exploding(MegatronEngine):
+        def compute_gradients(self, get_batch, whole=False):
+            loss = super().compute_gradients(get_batch, whole)
+            next(self.chunks[0].parameters()).main_grad.fill_(float("inf"))
+            return loss
+
+    module.MegatronEngine = Exploding
+    try:
+        module.pretrain(compose([*arguments, "parallel=single"]))
+    except FloatingPointError as error:
+        return str(error)
+    finally:
+        module.MegatronEngine = MegatronEngine
+    return "trained"
+
+
+def test_pretrain_never_saves_a_step_that_overflowed(ranks, tmp_path):
+    assert "gradient norm" in ranks(1).run(explode, overrides(tmp_path, "run.steps=1"))[0]
+    assert not list(tmp_path.glob("runs/tiny/checkpoints/*"))
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -176,6 +222,8 @@ def test_pretrain_refuses_another_model_and_used_directories(ranks, tmp_path):
     assert "moe.num_experts" in ranks(1).run(refuse, [*short, "moe.num_experts=8"])[0]
     assert "quant.groups" in ranks(1).run(refuse, [*short, "quant.groups=1"])[0]
     assert "run.resume: never" in ranks(1).run(refuse, [*short, "run.resume=never"])[0]
+    assert "run.global_batch_size" in ranks(1).run(refuse, [*short, "run.global_batch_size=8"])[0]
+    (tmp_path / "runs/tiny/config.yaml").unlink()
     other_text = [*short, "data.max_bytes=300000"]
     assert "the training text changed" in ranks(1).run(refuse, other_text)[0]
 

@@ -12,8 +12,9 @@ from bitmoe_kernels.grouped_ternary_gemm.reference import grouped_matmul_referen
 
 
 def _use_grouped_kernel(tensor: torch.Tensor, *widths: int) -> bool:
-    """The grouped kernel needs bfloat16 on CUDA and rows of a multiple of 16 bytes."""
-    return tensor.is_cuda and tensor.dtype == torch.bfloat16 and all(width % 8 == 0 for width in widths)
+    """The grouped kernel needs bfloat16 on CUDA, rows of a multiple of 16 bytes, and any row at all."""
+    is_bfloat16 = tensor.is_cuda and tensor.dtype == torch.bfloat16
+    return is_bfloat16 and len(tensor) > 0 and all(width % 8 == 0 for width in widths)
 
 
 def _ends(counts_E: torch.Tensor, device: torch.device) -> torch.Tensor:
