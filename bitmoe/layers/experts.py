@@ -89,9 +89,7 @@ class RoutedExperts(torch.nn.Module, ShardedParameters):
         x_RF = gated_activation(self.activation, gate_up)
         counts_E = dispatch.counts_E
         if self.sub_norm_weight is not None:
-            # In fp32, so that the gradient of a gain is added up over its rows in fp32.
-            gain_EF = self.sub_norm_weight.to(torch.promote_types(x_RF.dtype, torch.float32))
-            gain_RF = _per_row(gain_EF, counts_E, len(x_RF))
+            gain_RF = _RepeatedGain.apply(self.sub_norm_weight, counts_E, len(x_RF))
             x_RF = sub_norm(x_RF, gain_RF, self.eps, self.num_groups, self.reduce_group)
         codes, scale = self.fc2_cache.get() if is_ternary else (None, None)
         return _ExpertRowProduct.apply(x_RF, self.fc2_weight, codes, scale, self.policy, counts_E, self.reduce_group)
@@ -100,6 +98,23 @@ class RoutedExperts(torch.nn.Module, ShardedParameters):
 def _per_row(scale_E: torch.Tensor, counts_E: torch.Tensor, num_rows: int) -> torch.Tensor:
     """Repeat each expert's [E, ...] entry for its rows: [R, ...]."""
     return scale_E.repeat_interleave(counts_E.to(scale_E.device), dim=0, output_size=num_rows)
+
+
+class _RepeatedGain(torch.autograd.Function):
+    """Each expert's gain for each of its rows; its gradient is added up over the rows in fp32."""
+
+    @staticmethod
+    def forward(ctx, gain_EF, counts_E, num_rows):
+        ctx.counts_E = counts_E
+        return _per_row(gain_EF, counts_E, num_rows)
+
+    @staticmethod
+    def backward(ctx, grad_RF):
+        counts_E = ctx.counts_E.to(grad_RF.device)
+        expert_R = _per_row(torch.arange(len(counts_E), device=grad_RF.device), counts_E, len(grad_RF))
+        dtype = torch.promote_types(grad_RF.dtype, torch.float32)
+        grad_EF = torch.zeros(len(counts_E), grad_RF.shape[1], dtype=dtype, device=grad_RF.device)
+        return grad_EF.index_add_(0, expert_R, grad_RF.to(dtype)).to(grad_RF.dtype), None, None
 
 
 def _sum_dtype(x: torch.Tensor) -> torch.dtype:

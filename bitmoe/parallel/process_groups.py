@@ -76,6 +76,7 @@ def make_groups(parallel: ParallelConfig) -> Groups:
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     parallel_state.destroy_model_parallel()
+    _forget_auxiliary_losses()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
@@ -95,6 +96,18 @@ def make_groups(parallel: ParallelConfig) -> Groups:
         edp=collection.expt_dp,
         mcore=collection,
     )
+
+
+def _forget_auxiliary_losses() -> None:
+    """megatron-core records them per process, in tensors as long as the first model had layers."""
+    try:
+        from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+    except ImportError:  # before 0.19
+        from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
+
+        get_moe_layer_wise_logging_tracker().clear()
+    else:
+        destroy_moe_metrics_tracker()
 
 
 def leave() -> None:

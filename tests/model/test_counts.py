@@ -59,7 +59,7 @@ def test_total_is_that_of_the_built_model(ranks, overrides):
         ["parallel=tp2_ep2"],
         ["parallel=tp2_ep2", "parallel.expert=1", "parallel.expert_tensor=2"],
         ["parallel=pp2", "model.tie_embeddings=true"],
-        ["parallel=pp2", "parallel.virtual_pipeline=2", "moe=none"],
+        ["parallel=pp2", "parallel.virtual_pipeline=2", "moe=none", "model.num_layers=4"],
     ],
     ids=" ".join,
 )

@@ -14,7 +14,7 @@ from bitmoe.quant.ternary_codes import CodeCache
 from bitmoe.testing.parity import make_engine, random_batches
 
 # All sizes of these models are multiples of what megatron-core pads its buffers to.
-SHORT = ["context.seq_length=128", "run.micro_batch_size=2"]
+SHORT = ["model.num_layers=4", "context.seq_length=128", "run.micro_batch_size=2"]
 LAYOUTS = {
     "single": (1, ["parallel=single"]),
     "dense bf16": (1, ["parallel=single", "moe=none", "quant.groups=1", "run.precision=bf16"]),
