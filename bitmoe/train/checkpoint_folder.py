@@ -4,7 +4,6 @@
 A kill at any moment leaves the older ones as they were. All functions are for rank 0 alone; none needs torch.
 """
 
-import os
 import re
 import shutil
 import uuid
@@ -13,7 +12,7 @@ from pathlib import Path
 
 from bitmoe.config.errors import InputError
 from bitmoe.train.manifest import MANIFEST, read_manifest, verify
-from bitmoe.train.run_dir import require_space
+from bitmoe.train.run_dir import require_space, sync_folder
 
 _COMMITTED = re.compile(r"step_(\d+)")
 _TEMPORARY = ".tmp-"
@@ -87,13 +86,13 @@ def commit(temporary: Path, keep: int) -> Path:
         The checkpoint's path.
     """
     final = temporary.with_name(temporary.name.partition(_TEMPORARY)[0])
-    _sync(temporary)
+    sync_folder(temporary)
     replaced = _temporary_name(final)
     if final.exists():
         # A damaged one of the same step, passed over when the run was continued.
         final.rename(replaced)
     temporary.rename(final)
-    _sync(final.parent)
+    sync_folder(final.parent)
     _remove(replaced)
     for path in _too_old(final, max(keep, 1)):
         _remove(path)
@@ -129,12 +128,3 @@ def _remove(path: Path) -> None:
     (path / MANIFEST).unlink(missing_ok=True)
     if path.exists():
         shutil.rmtree(path)
-
-
-def _sync(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
