@@ -8,12 +8,17 @@ ranks are started once a world size; the other worker takes the rest. A test tha
 import os
 
 import pytest
+import torch
 
 from bitmoe.testing.ranks import RankPool
 
-# Read by torch and datasets when test files import them, which is after this one.
+# Read by the processes that tests start, and by datasets when test files import it.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
+torch.set_num_threads(1)
+# Read by Triton, which megatron-core imports with the first model: its kernels run on CPU in Triton's interpreter.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -25,11 +30,8 @@ def pytest_collection_modifyitems(items):
 
 def pytest_runtest_setup(item):
     needed = 2 if item.get_closest_marker("multi_gpu") else 1 if item.get_closest_marker("gpu") else 0
-    if needed:
-        import torch
-
-        if torch.cuda.device_count() < needed:
-            pytest.skip(f"needs {needed} GPU(s), found {torch.cuda.device_count()}")
+    if torch.cuda.device_count() < needed:
+        pytest.skip(f"needs {needed} GPU(s), found {torch.cuda.device_count()}")
 
 
 @pytest.fixture(scope="session")

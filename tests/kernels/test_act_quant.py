@@ -262,9 +262,17 @@ def test_reference_marks_a_nonfinite_token_by_a_nan_scale(reference, bad):
     assert torch.equal(scale[[0, 2]], scale_clean[[0, 2]])
 
 
-def test_finite_values_whose_sum_overflows_raise():
+def test_int4_mean_is_summed_in_fp64():
+    """The sum may pass the largest fp32; an fp32 sum would lose every 1 beside 2^25. An fp64 sum may overflow."""
+    codes, scale = quantize_int4(torch.full((1, 8), 3e38))
+    assert codes.tolist() == [[3] * 8]
+    assert scale.item() == pytest.approx(3e38 / math.sqrt(7), rel=1e-6)
+    x_TD = torch.ones(1, 4096)
+    x_TD[0, 0] = 2.0**25
+    expected = torch.tensor((2.0**25 + 4095) / 4096) / torch.tensor(math.sqrt(7))
+    assert quantize_int4(x_TD)[1].item() == expected.item()
     with pytest.raises(ValueError, match="scale overflows"):
-        quantize_int4(torch.full((1, 8), 3e38))
+        quantize_int4(torch.full((1, 8), 1e308, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(
@@ -297,12 +305,11 @@ def test_bad_types_raise():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @each_quantizer
 def test_cuda_agrees_with_cpu_and_marks_nonfinite(quantize):
-    """absmax formats agree bit for bit; the mean of INT4 is summed in another order, so up to 4 ulp."""
+    """Bit for bit."""
     x_TD = gaussian(64, 96)
     codes, scale = quantize(x_TD)
     codes_cuda, scale_cuda = quantize(x_TD.cuda())
-    rtol = 4 * 2.0**-23 if quantize is quantize_int4 else 0.0
-    torch.testing.assert_close(scale_cuda.cpu(), scale, rtol=rtol, atol=0)
+    assert torch.equal(scale_cuda.cpu(), scale)
     assert torch.equal(codes_cuda.cpu(), codes)
     x_TD[1, 0] = math.nan
     codes_cuda, scale_cuda = quantize(x_TD.cuda())

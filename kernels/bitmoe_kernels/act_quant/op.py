@@ -1,4 +1,4 @@
-"""Public activation quantizers: check the arguments, then run the reference.
+"""Public activation quantizers: check the arguments, then run Triton's kernels on a GPU, else the reference.
 
 Every function takes [..., D] in bf16, fp16, fp32 or fp64 and computes in fp32; for fp64 input it computes
 in fp64 and returns an fp64 scale. On CPU, NaN or Inf raises ValueError; on other devices, where looking would
@@ -17,6 +17,7 @@ from bitmoe_kernels.act_quant.reference import (
     quantize_int4_reference,
     quantize_int8_reference,
 )
+from bitmoe_kernels.dispatch import runs_triton_by_row
 from bitmoe_kernels.validation import check_features, check_floating, check_groups, raise_on_nonfinite
 
 
@@ -36,6 +37,8 @@ def quantize_int4(x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         ValueError: no feature, or (on CPU) NaN or Inf.
     """
     check_features(x_TD, "x")
+    if runs_triton_by_row(x_TD):
+        return _triton_kernels().quantize_triton(x_TD, "int4")
     codes_TD, scale_T1 = quantize_int4_reference(x_TD)
     raise_on_nonfinite(scale_T1, x_TD, "x")
     return codes_TD, scale_T1
@@ -59,6 +62,8 @@ def quantize_int8(x_TD: torch.Tensor, groups: int = 1) -> tuple[torch.Tensor, to
     """
     check_features(x_TD, "x")
     check_groups(groups, x_TD.shape[-1], "features")
+    if runs_triton_by_row(x_TD, groups):
+        return _triton_kernels().quantize_triton(x_TD, "int8", groups)
     codes_TD, scale_TG = quantize_int8_reference(x_TD, groups)
     raise_on_nonfinite(scale_TG, x_TD, "x")
     return codes_TD, scale_TG
@@ -83,6 +88,8 @@ def quantize_fp4(x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         ValueError: no feature, or (on CPU) NaN or Inf.
     """
     check_features(x_TD, "x")
+    if runs_triton_by_row(x_TD):
+        return _triton_kernels().quantize_triton(x_TD, "fp4")
     codes_TD, scale_T1 = quantize_fp4_reference(x_TD)
     raise_on_nonfinite(scale_T1, x_TD, "x")
     return codes_TD, scale_T1
@@ -135,4 +142,13 @@ def int8_codes(x_TD: torch.Tensor, scale_TG: torch.Tensor) -> torch.Tensor:
     check_groups(scale_TG.shape[-1], x_TD.shape[-1], "features")
     raise_on_nonfinite(x_TD, x_TD, "x")
     raise_on_nonfinite(scale_TG, scale_TG, "scale")
+    if runs_triton_by_row(x_TD, scale_TG.shape[-1]) and scale_TG.dtype == torch.float32:
+        return _triton_kernels().int8_codes_triton(x_TD, scale_TG)
     return int8_codes_reference(x_TD, scale_TG)
+
+
+def _triton_kernels():
+    # Imported at the first use: not every machine has Triton.
+    from bitmoe_kernels.act_quant import triton_kernels
+
+    return triton_kernels

@@ -1,7 +1,8 @@
 """Per-token activation quantizers in plain torch: the truth for every other implementation.
 
-All arithmetic is fp32, for fp64 input fp64, so that parity tests can run in fp64. A token (or group) with NaN
-or Inf gets a NaN scale and codes 0. Arguments are not validated here: op.py does that.
+All arithmetic is fp32, for fp64 input fp64, so that parity tests can run in fp64. The sum behind INT4's mean is fp64
+for every input and the mean is rounded once, so that the order of the sum does not show in the codes. A token (or
+group) with NaN or Inf gets a NaN scale and codes 0. Arguments are not validated here: op.py does that.
 """
 
 # Shapes: T = tokens (any leading dimensions), D = features, G = groups of features.
@@ -16,7 +17,10 @@ MIN_MAGNITUDE = 1e-5
 def quantize_int4_reference(x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Absmean INT4 (README eq. 1): codes int8 [T, D] in [-8, 7], scale [T, 1]."""
     x_TD = _to_compute_dtype(x_TD)
-    scale_T1 = _scale(x_TD.abs().mean(dim=-1, keepdim=True), math.sqrt(7))
+    sum_T1 = x_TD.abs().sum(dim=-1, keepdim=True, dtype=torch.float64)
+    # A tensor as divisor: CUDA turns division by a Python number into a product with its rounded reciprocal.
+    mean_T1 = (sum_T1 / torch.full_like(sum_T1, x_TD.shape[-1])).to(x_TD.dtype)
+    scale_T1 = _scale(mean_T1, math.sqrt(7))
     return _to_int8((x_TD / scale_T1).round().clamp(-8, 7)), scale_T1
 
 
@@ -56,7 +60,7 @@ def _to_compute_dtype(x: torch.Tensor) -> torch.Tensor:
 
 def _scale(magnitude: torch.Tensor, levels: float) -> torch.Tensor:
     """``magnitude / levels`` with the magnitude clamped from below; NaN where it is not finite."""
-    # A tensor as divisor: CUDA turns division by a Python number into a product with its rounded reciprocal.
+    # A tensor as divisor, as above.
     scale = magnitude.clamp(min=MIN_MAGNITUDE) / torch.full_like(magnitude, levels)
     return scale.masked_fill(~magnitude.isfinite(), float("nan"))
 

@@ -1,4 +1,4 @@
-"""Public top-K mask: check the arguments, then run the reference.
+"""Public top-K mask: check the arguments, then run Triton's kernel on a GPU, else the reference.
 
 Not here: the straight-through gradient (the backward pass ignores the mask), which belongs to the linear.
 """
@@ -7,6 +7,7 @@ Not here: the straight-through gradient (the backward pass ignores the mask), wh
 
 import torch
 
+from bitmoe_kernels.dispatch import runs_triton_by_row
 from bitmoe_kernels.sparsify.reference import topk_mask_reference
 from bitmoe_kernels.validation import check_features, check_groups, raise_on_nonfinite
 
@@ -37,4 +38,9 @@ def topk_mask(x_TD: torch.Tensor, keep: float = 0.5, groups: int = 1) -> torch.T
     if round(keep * (x_TD.shape[-1] // groups)) == 0:
         raise ValueError(f"keep={keep} of {x_TD.shape[-1] // groups} features keeps none: raise it")
     raise_on_nonfinite(x_TD, x_TD, "x")
+    if runs_triton_by_row(x_TD, groups):
+        # Imported at the first use: not every machine has Triton.
+        from bitmoe_kernels.sparsify.triton_kernels import topk_mask_triton
+
+        return topk_mask_triton(x_TD, keep, groups)
     return topk_mask_reference(x_TD, keep, groups)

@@ -1,4 +1,5 @@
-"""Public functions of ternary weight quantization: check the arguments, then run the reference.
+"""Public functions of ternary weight quantization: check the arguments, then run Triton's kernels on a GPU,
+else the reference.
 
 ``ternarize`` is the whole. Its steps ``absmean_sums``, ``absmean_scale`` and ``ternary_codes`` are public
 too: where a group spans tensor-parallel ranks, the ranks add up the sums between the first two.
@@ -9,6 +10,7 @@ Not here: the straight-through gradient, which belongs to the linear that multip
 
 import torch
 
+from bitmoe_kernels.dispatch import runs_triton
 from bitmoe_kernels.validation import check_floating, check_groups, raise_on_nonfinite
 from bitmoe_kernels.weight_quant.reference import (
     absmean_scale_reference,
@@ -43,7 +45,7 @@ def ternarize(w_OI: torch.Tensor, groups: int = 1, dim: int = 0) -> tuple[torch.
     """
     sums_G = absmean_sums(w_OI, groups, dim)
     scale_G = absmean_scale(sums_G, count=w_OI.shape[-2] * w_OI.shape[-1] // groups)
-    return ternary_codes_reference(w_OI, scale_G, _AXES[dim]), scale_G
+    return _codes(w_OI, scale_G, _AXES[dim]), scale_G
 
 
 @torch.no_grad()
@@ -63,6 +65,8 @@ def absmean_sums(w_OI: torch.Tensor, groups: int = 1, dim: int = 0) -> torch.Ten
     """
     axis = _matrix_axis(w_OI, dim)
     check_groups(groups, w_OI.shape[axis], _AXIS_NAMES[axis])
+    if runs_triton(w_OI):
+        return _triton_kernels().absmean_sums_triton(w_OI, groups, axis)
     sums_G = absmean_sums_reference(w_OI, groups, axis)
     raise_on_nonfinite(sums_G, w_OI, "w")
     return sums_G
@@ -119,7 +123,20 @@ def ternary_codes(w_OI: torch.Tensor, scale_G: torch.Tensor, dim: int = 0) -> to
     check_groups(scale_G.shape[-1], w_OI.shape[axis], _AXIS_NAMES[axis])
     raise_on_nonfinite(w_OI, w_OI, "w")
     raise_on_nonfinite(scale_G, scale_G, "scale")
+    return _codes(w_OI, scale_G, axis)
+
+
+def _codes(w_OI: torch.Tensor, scale_G: torch.Tensor, axis: int) -> torch.Tensor:
+    if runs_triton(w_OI) and scale_G.dtype == torch.float32:
+        return _triton_kernels().ternary_codes_triton(w_OI, scale_G, axis)
     return ternary_codes_reference(w_OI, scale_G, axis)
+
+
+def _triton_kernels():
+    # Imported at the first use: not every machine has Triton.
+    from bitmoe_kernels.weight_quant import triton_kernels
+
+    return triton_kernels
 
 
 def _matrix_axis(w_OI: torch.Tensor, dim: int) -> int:
