@@ -341,6 +341,10 @@ class RunConfig:
     """Fixed summation trees in the forward pass: equal weights give bit-equal losses at any power-of-two TP; slower."""
     resume: Resume = Resume.auto
     """What to do with a run directory that exists."""
+    init_from: str | None = None
+    """Weights a new run starts from: a run, a checkpoint, or a folder that convert to=checkpoint wrote; null means
+    random values. A dense model can become a mixture of experts. A run continued from its own checkpoint does not
+    look at it."""
     checkpoint_every: int = 500
     """Steps between checkpoints; the last step always saves. 0 means only the last."""
     keep_checkpoints: int = 2

@@ -21,6 +21,7 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint import CheckpointException
 
 from bitmoe.config.errors import InputError
+from bitmoe.data.tokenizer import Tokenizer
 from bitmoe.parallel.agree import any_rank, on_first_rank
 from bitmoe.parallel.process_groups import local_device
 from bitmoe.train.checkpoint_folder import commit, newest_checkpoint, open_temporary, saved_state
@@ -37,7 +38,9 @@ __all__ = ["load_checkpoint", "newest_checkpoint", "save_checkpoint", "saved_sta
 _OVERHEAD_BYTES = 16 << 20
 
 
-def save_checkpoint(folder: Path, engine: MegatronEngine, state: dict[str, Any], keep: int) -> Path:
+def save_checkpoint(
+    folder: Path, engine: MegatronEngine, state: dict[str, Any], keep: int, tokenizer: Tokenizer | None = None
+) -> Path:
     """Write ``step_<state["step"]>/`` and remove checkpoints that are too old; collective.
 
     Args:
@@ -45,6 +48,7 @@ def save_checkpoint(folder: Path, engine: MegatronEngine, state: dict[str, Any],
         engine: the run to save.
         state: JSON; must hold ``step``, the number of optimizer steps done.
         keep: how many checkpoints to keep, the new one included.
+        tokenizer: the model's, so that the checkpoint can be used without its run.
 
     Returns:
         The new checkpoint.
@@ -66,7 +70,7 @@ def save_checkpoint(folder: Path, engine: MegatronEngine, state: dict[str, Any],
         _write(contents, temporary)
         content = _manifest_content(engine, state)
         rng_states = gather_rng_state()
-        return on_first_rank(lambda: _finish(temporary, content, rng_states, keep))
+        return on_first_rank(lambda: _finish(temporary, content, rng_states, tokenizer, keep))
     except BaseException:
         if dist.get_rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -153,9 +157,17 @@ def _manifest_content(engine: MegatronEngine, state: dict[str, Any]) -> dict[str
     }
 
 
-def _finish(temporary: Path, content: dict[str, Any], rng_states: dict[str, torch.Tensor], keep: int) -> Path:
+def _finish(
+    temporary: Path,
+    content: dict[str, Any],
+    rng_states: dict[str, torch.Tensor],
+    tokenizer: Tokenizer | None,
+    keep: int,
+) -> Path:
     try:
         write_rng_state(temporary, rng_states)
+        if tokenizer is not None:
+            tokenizer.save(temporary)
         write_manifest(temporary, content)
     except OSError as error:
         raise _not_written(temporary, str(error)) from error

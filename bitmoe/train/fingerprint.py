@@ -6,7 +6,7 @@ elements. It depends on every bit and its place, and any cut of the tensor gives
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_repl
 
 from bitmoe.model.initialize import global_index, splitmix64
 
-_CHUNK = 1 << 22
+_CHUNK = 1 << 18
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -47,26 +47,46 @@ def fingerprints(sharded_state: Mapping[str, ShardedTensor]) -> dict[str, str]:
     own = Counter()
     for shard in sharded_state.values():
         if is_main_replica(shard.replica_id):
-            own[_name(shard)] += _sum_of_hashes(shard)
+            own[_name(shard)] += _sum_of_hashes(shard.data, lambda local, shard=shard: global_index(shard, local))
     total = Counter()
     for rank in _gather(own):
         total.update(rank)
-    return {name: f"{value % 2**64:016x}" for name, value in total.items()}
+    return {name: _hexadecimal(value) for name, value in total.items()}
+
+
+@torch.no_grad()
+def fingerprint(tensor: torch.Tensor, layer: int | None) -> str:
+    """What ``fingerprints`` gives a tensor of one layer, from its whole value.
+
+    Args:
+        tensor: without the axis of layers.
+        layer: its place on that axis; None if it has none.
+    """
+    first = (layer or 0) * tensor.numel()
+    return _hexadecimal(_sum_of_hashes(tensor, lambda local: local + first))
+
+
+def tensor_name(key: str, layer: int | None) -> str:
+    """Name of a tensor of one layer in ``describe`` and ``fingerprints``."""
+    return key if layer is None else f"{key}[{layer}]"
 
 
 def _name(shard: ShardedTensor) -> str:
-    layer = shard.global_offset[: shard.prepend_axis_num]
-    return f"{shard.key}{list(layer) if layer else ''}"
+    return tensor_name(shard.key, shard.global_offset[0] if shard.prepend_axis_num else None)
 
 
-def _sum_of_hashes(shard: ShardedTensor) -> int:
-    flat = shard.data.detach().contiguous().view(-1)
+def _hexadecimal(total: int) -> str:
+    return f"{total % 2**64:016x}"
+
+
+def _sum_of_hashes(tensor: torch.Tensor, index_of: Callable[[torch.Tensor], torch.Tensor]) -> int:
+    flat = tensor.detach().contiguous().view(-1)
     bits = flat.view(_BITS[flat.element_size()])
     total = 0
     for start in range(0, len(bits), _CHUNK):
         chunk = bits[start : start + _CHUNK].long()
         local = torch.arange(start, start + len(chunk), device=bits.device)
-        total += splitmix64(global_index(shard, local), chunk).sum().item()
+        total += splitmix64(index_of(local), chunk).sum().item()
     return total
 
 

@@ -163,7 +163,11 @@ def save(training: Training) -> None:
     }
     with training.console.phase("checkpoint"):
         training.checkpoint = save_checkpoint(
-            training.run.checkpoints, training.engine, state, training.config.run.keep_checkpoints
+            training.run.checkpoints,
+            training.engine,
+            state,
+            keep=training.config.run.keep_checkpoints,
+            tokenizer=training.data.tokenizer,
         )
 
 

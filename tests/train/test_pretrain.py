@@ -73,7 +73,8 @@ def whole_run(tmp_path_factory) -> Path:
 
 def test_pretrain_writes_a_run(whole_run):
     run = whole_run / "runs/tiny"
-    for name in ("config.yaml", "metrics.jsonl", "loss.png", "log.txt", "checkpoints/step_00000012", "tensorboard"):
+    tokenizer = "checkpoints/step_00000012/tokenizer_kind.json"
+    for name in ("config.yaml", "metrics.jsonl", "loss.png", "log.txt", tokenizer, "tensorboard"):
         assert (run / name).exists(), name
     assert json.loads((run / "status.json").read_text())["status"] == "done"
     steps = [record for record in records(whole_run) if "lm_loss" in record]
