@@ -12,8 +12,12 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
+from bitmoe.config.convert_schema import ConvertConfig, validate_conversion
 from bitmoe.config.errors import InputError
+from bitmoe.config.generate_schema import GenerateConfig, validate_generation
 from bitmoe.config.help import command_help
 from bitmoe.config.locate import config_dir
 from bitmoe.config.schema import Config
@@ -65,8 +69,50 @@ def plot(config: Config) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[Config], int]] = {
-    command.__name__: command for command in (pretrain, prepare, plan, doctor, plot)
+def convert(config: ConvertConfig) -> int:
+    """Turn a trained model into the format of inference, transformers or llama.cpp, or one of those into weights."""
+    validate_conversion(config)
+    from bitmoe.train.quiet import quiet_libraries
+
+    quiet_libraries()
+    from bitmoe.convert.command import convert as convert_model
+
+    return convert_model(config)
+
+
+def generate(config: GenerateConfig, prompt: str | None = None) -> int:
+    """Continue a text (--prompt TEXT, prompt_file=FILE or standard input) with a converted model."""
+    validate_generation(config)
+    from bitmoe.convert.packed_manifest import verify_if_packed
+
+    verify_if_packed(Path(config.source))
+    from bitmoe.infer.generate import generate as continue_text
+
+    return continue_text(config, prompt)
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: the function, the primary config under conf/ it starts from, and the schema of that."""
+
+    function: Callable[..., int]
+    primary_config: str = "config"
+    schema: type = Config
+
+    @property
+    def summary(self) -> str:
+        """One line of help."""
+        return self.function.__doc__
+
+
+COMMANDS = {
+    "pretrain": Command(pretrain),
+    "prepare": Command(prepare),
+    "plan": Command(plan),
+    "doctor": Command(doctor),
+    "plot": Command(plot),
+    "convert": Command(convert, "convert", ConvertConfig),
+    "generate": Command(generate, "generate", GenerateConfig),
 }
 
 
@@ -83,26 +129,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
             fix = f"did you mean bitmoe {near[0]}?" if near else f"one of {', '.join(COMMANDS)}"
             raise InputError(f"there is no command {name!r}", fix=fix)
         if "--help" in rest or "-h" in rest:
-            print(command_help(name, COMMANDS[name].__doc__))
+            print(command_help(name, COMMANDS[name].summary, COMMANDS[name].schema))
             return 0
-        return _compose_and_run(name, rest)
+        return _compose_and_run(name, *(_take_prompt(rest) if name == "generate" else (rest, {})))
     except InputError as error:
         return _refuse(error)
     except KeyboardInterrupt:
         return INTERRUPTED
 
 
-def _compose_and_run(name: str, arguments: list[str]) -> int:
-    """Let Hydra read the arguments and call the command; of a sweep, once a job until one fails."""
+def _take_prompt(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Take ``--prompt TEXT`` out of the arguments: Hydra's grammar has no commas and brackets in plain values."""
+    rest, given = [], {}
+    remaining = iter(arguments)
+    for argument in remaining:
+        option, equals, text = argument.partition("=")
+        if option != "--prompt":
+            rest.append(argument)
+            continue
+        given["prompt"] = text if equals else next(remaining, None)
+        if given["prompt"] is None:
+            raise InputError("--prompt without a text", fix="--prompt 'some text'")
+    return rest, given
+
+
+def _compose_and_run(name: str, arguments: list[str], given: dict[str, str]) -> int:
+    """Let Hydra read the arguments and call the command, also with what else was given; a sweep stops at a failure."""
     import hydra
 
     from bitmoe.config.compose import to_config
     from bitmoe.config.hydra_errors import COMPOSITION_ERRORS, input_error
 
-    @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")
+    command = COMMANDS[name]
+
+    @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=command.primary_config)
     def job(composed):
         try:
-            code = COMMANDS[name](to_config(composed))
+            code = command.function(to_config(composed, command.schema), **given)
         except InputError as error:
             code = _refuse(error)
         except Exception:
@@ -120,7 +183,7 @@ def _compose_and_run(name: str, arguments: list[str]) -> int:
     except SystemExit as end:
         return end.code or 0
     except COMPOSITION_ERRORS as error:
-        raise input_error(error) from None
+        raise input_error(error, command.schema) from None
     return 0
 
 
@@ -184,7 +247,7 @@ def _is_first_rank() -> bool:
 
 
 def _overview() -> str:
-    commands = [f"  {name:<9} {command.__doc__}" for name, command in COMMANDS.items()]
+    commands = [f"  {name:<9} {command.summary}" for name, command in COMMANDS.items()]
     hint = "bitmoe COMMAND --help lists what can be overridden."
     return "\n".join(["usage: bitmoe COMMAND [overrides]", "", *commands, "", hint])
 

@@ -1,7 +1,7 @@
 """From the Hydra tree under conf/ to a checked dataclass.
 
 Hydra and OmegaConf stop here and in ``bitmoe.__main__``: everything below gets a :class:`Config`. Importing
-this module registers the schema, so that Hydra refuses misspelt keys, wrong types and unknown choices while
+this module registers the schemas, so that Hydra refuses misspelt keys, wrong types and unknown choices while
 it merges. Keys forced in with ``+`` or ``++`` pass Hydra; ``to_config`` refuses them, because a key that
 nothing reads is a mistake.
 """
@@ -16,11 +16,15 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from bitmoe.config.convert_schema import ConvertConfig
+from bitmoe.config.generate_schema import GenerateConfig
 from bitmoe.config.hydra_errors import COMPOSITION_ERRORS, input_error, unknown_key
 from bitmoe.config.locate import config_dir
 from bitmoe.config.schema import Config
 
 ConfigStore.instance().store(name="schema", node=Config)
+ConfigStore.instance().store(name="convert_schema", node=ConvertConfig)
+ConfigStore.instance().store(name="generate_schema", node=GenerateConfig)
 
 
 def compose(overrides: Sequence[str] = (), folder: Path | None = None) -> Config:
@@ -41,18 +45,22 @@ def compose(overrides: Sequence[str] = (), folder: Path | None = None) -> Config
     return to_config(composed)
 
 
-def to_config(composed: DictConfig) -> Config:
+def to_config(composed: DictConfig, schema: type = Config) -> Any:
     """Hydra's composed config as plain dataclasses, enums and lists.
+
+    Args:
+        composed: what Hydra made of the primary config and the overrides.
+        schema: the dataclass to return.
 
     Raises:
         InputError: a key that the schema does not have, a mandatory value left out, a broken interpolation.
     """
-    for key, known in _unknown_keys(OmegaConf.to_container(composed), Config, ""):
+    for key, known in _unknown_keys(OmegaConf.to_container(composed), schema, ""):
         raise unknown_key(key, known)
     try:
         return OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
-        raise input_error(error) from None
+        raise input_error(error, schema) from None
 
 
 def _unknown_keys(values: Any, kind: type, prefix: str) -> Iterator[tuple[str, list[str]]]:

@@ -1,12 +1,13 @@
-"""The text of ``bitmoe <command> --help``: every group's choices and every key. It needs no Hydra."""
+"""The text of ``bitmoe <command> --help``: every key, and every group's choices. It needs no Hydra."""
 
 import textwrap
 from pathlib import Path
 
 from bitmoe.config.keys import all_keys
 from bitmoe.config.locate import config_dir
+from bitmoe.config.schema import Config
 
-USAGE = """\
+RUN_USAGE = """\
 usage: bitmoe {command} [GROUP=CHOICE ...] [GROUP.KEY=VALUE ...]
 
 {summary}
@@ -23,16 +24,35 @@ Groups and their choices:
 Keys, with the defaults that groups differ from (--cfg job shows what holds):
 {keys}"""
 
+FLAT_USAGE = """\
+usage: bitmoe {command} KEY=VALUE ...
 
-def command_help(command: str, summary: str) -> str:
-    """Help of one command: how to override, the groups under conf/, every key and its meaning."""
-    groups = [f"  {name:<11} {', '.join(choices)}" for name, choices in group_choices(config_dir()).items()]
+{summary}
+
+  --cfg job         print the resulting config and stop
+  -m, --multirun    one job per combination: -m KEY=VALUE,VALUE ...
+
+Keys:
+{keys}"""
+
+
+def command_help(command: str, summary: str, schema: type = Config) -> str:
+    """Help of one command: how to override, of the config of a run its groups under conf/, every key and its meaning.
+
+    Args:
+        command: its name.
+        summary: what it does.
+        schema: the dataclass of its keys.
+    """
     keys = [
         f"  {key.name} ({key.type}; default {key.default})\n"
         + textwrap.fill(key.doc, 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
-        for key in all_keys()
+        for key in all_keys(schema)
     ]
-    return USAGE.format(command=command, summary=summary, groups="\n".join(groups), keys="\n".join(keys))
+    if schema is not Config:
+        return FLAT_USAGE.format(command=command, summary=summary, keys="\n".join(keys))
+    groups = [f"  {name:<11} {', '.join(choices)}" for name, choices in group_choices(config_dir()).items()]
+    return RUN_USAGE.format(command=command, summary=summary, groups="\n".join(groups), keys="\n".join(keys))
 
 
 def group_choices(folder: Path) -> dict[str, list[str]]:

@@ -23,8 +23,8 @@ COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError)
 """What Hydra raises for bad overrides and files (a group set to null is a plain ValueError)."""
 
 
-def input_error(error: Exception) -> InputError:
-    """The InputError for one of COMPOSITION_ERRORS."""
+def input_error(error: Exception, schema: type = Config) -> InputError:
+    """The InputError for one of COMPOSITION_ERRORS, raised while a config of ``schema`` was composed."""
     if isinstance(error, MissingConfigException) and error.options:
         group, _, choice = error.missing_cfg_file.rpartition("/")
         return InputError(f"there is no choice {choice!r}", fix=_suggestion(choice, error.options), key=group)
@@ -38,12 +38,12 @@ def input_error(error: Exception) -> InputError:
     if cause.object_type is BitStage and "." not in key:
         key = f"quant.stages[].{key}"
     file = re.match(r"In '(.+?)': ", str(error))
-    where = f" (in {file[1]}.yaml)" if file and file[1] != "config" else ""
+    where = f" (in {file[1]}.yaml)" if file and "/" in file[1] else ""
     if isinstance(cause, ConfigAttributeError | ConfigKeyError):
-        return unknown_key(key, _siblings(key), where)
+        return unknown_key(key, _siblings(key, schema), where)
     if isinstance(cause, MissingMandatoryValue):
         return InputError("it has no value", fix=f"{key}=VALUE", key=key)
-    kind = {known.name: known.type for known in all_keys()}.get(re.sub(r"\[\d+\]", "[]", key), "")
+    kind = {known.name: known.type for known in all_keys(schema)}.get(re.sub(r"\[\d+\]", "[]", key), "")
     expected = f"a value of type {kind}" if kind and isinstance(cause, ValidationError) else ""
     return InputError((cause.msg or str(cause)).splitlines()[0] + where, fix=expected, key=key)
 
@@ -62,10 +62,10 @@ def _suggestion(name: str, known: list[str], prefix: str = "") -> str:
     return f"did you mean {prefix}{by_word[near[0]]}?" if near else f"one of {', '.join(known)}"
 
 
-def _siblings(key: str) -> list[str]:
+def _siblings(key: str, schema: type) -> list[str]:
     """Names the schema has beside this key; at the top, the groups and the overlays."""
     parent, _, _ = key.rpartition(".")
     if not parent:
-        return [*Config.__dataclass_fields__, "experiment", "debug"]
+        return [*schema.__dataclass_fields__, *(["experiment", "debug"] if schema is Config else [])]
     prefix = f"{parent}."
-    return [known.name.removeprefix(prefix) for known in all_keys() if known.name.startswith(prefix)]
+    return [known.name.removeprefix(prefix) for known in all_keys(schema) if known.name.startswith(prefix)]

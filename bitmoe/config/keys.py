@@ -1,6 +1,6 @@
-"""Every key of the schema with its type, default and documentation, for help texts and error messages.
+"""Every key of a schema with its type, default and documentation, for help texts and error messages.
 
-The schema documents a field by the string literal under it, which Python throws away; it is read back from
+A schema documents a field by the string literal under it, which Python throws away; it is read back from
 the source.
 """
 
@@ -12,7 +12,7 @@ from functools import cache
 from types import NoneType
 from typing import Any
 
-from bitmoe.config import schema
+from bitmoe.config.schema import Config
 
 
 @dataclass(frozen=True)
@@ -26,15 +26,17 @@ class Key:
 
 
 @cache
-def all_keys() -> tuple[Key, ...]:
-    """Every key of the schema in its order; ``quant.stages[].start`` is a key of each stage."""
-    docs = _field_docs()
-    return tuple(key for group in fields(schema.Config) for key in _keys_of(group.type, f"{group.name}.", docs))
+def all_keys(schema: type = Config) -> tuple[Key, ...]:
+    """Every key of a command's schema in its order; ``quant.stages[].start`` is a key of each stage."""
+    return tuple(_keys_of(schema, "", _field_docs(schema)))
 
 
 def _keys_of(kind: type, prefix: str, docs: dict[tuple[str, str], str]) -> list[Key]:
     keys = []
     for field in fields(kind):
+        if is_dataclass(field.type):
+            keys += _keys_of(field.type, f"{prefix}{field.name}.", docs)
+            continue
         default = field.default if field.default is not MISSING else field.default_factory()
         doc = docs[kind.__name__, field.name]
         keys.append(Key(prefix + field.name, _type_name(field.type), _default_text(default), doc))
@@ -43,11 +45,11 @@ def _keys_of(kind: type, prefix: str, docs: dict[tuple[str, str], str]) -> list[
     return keys
 
 
-def _field_docs() -> dict[tuple[str, str], str]:
-    """The string literal under each field, by the names of class and field."""
+def _field_docs(schema: type) -> dict[tuple[str, str], str]:
+    """The string literal under each field, by the names of class and field, in the module of a schema."""
     return {
         (node.name, field.target.id): " ".join(below.value.value.split())
-        for node in ast.parse(inspect.getsource(schema)).body
+        for node in ast.parse(inspect.getsource(inspect.getmodule(schema))).body
         if isinstance(node, ast.ClassDef)
         for field, below in zip(node.body, node.body[1:], strict=False)
         if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TextStreamer, set_seed
+from transformers.utils.logging import disable_progress_bar
 
 import bitmoe.infer  # noqa: F401 (teaches transformers the packed format)
 from bitmoe.config.errors import InputError
@@ -20,29 +21,31 @@ def generate(config: GenerateConfig, prompt: str | None = None) -> int:
     """Stream a continuation of the prompt, then say how fast it went.
 
     Args:
-        config: what to load and how to draw.
+        config: what to load and how to draw (``validate_generation``).
         prompt: text to continue; None reads ``config.prompt_file``, or else standard input.
 
     Returns:
         Exit status 0.
 
     Raises:
-        InputError: no such model or prompt, or a prompt longer than the model's context.
+        InputError: no prompt, or one longer than the model's context.
     """
-    folder = _model_folder(config.source)
-    _check_draws(config)
     text = _read_prompt(config.prompt_file) if prompt is None else prompt
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    disable_progress_bar()
     local = {"local_files_only": True, "trust_remote_code": False}
-    tokenizer = AutoTokenizer.from_pretrained(folder, **local)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True, **local).to(device)
+    tokenizer = AutoTokenizer.from_pretrained(config.source, **local)
+    model = AutoModelForCausalLM.from_pretrained(config.source, dtype="auto", use_safetensors=True, **local).to(device)
     prompt_1S = tokenizer(text, return_tensors="pt")["input_ids"].to(device)
     room = model.config.max_position_embeddings - prompt_1S.shape[1]
     if not 0 < prompt_1S.shape[1] < model.config.max_position_embeddings:
         raise InputError(
             f"the prompt has {prompt_1S.shape[1]} tokens, the context {model.config.max_position_embeddings}",
-            fix="give a prompt that leaves room for a continuation",
+            fix="give a text that leaves room for its continuation",
         )
+    if config.kv_bits is not None and model.config.model_type != "bitmoe":
+        fix = "leave it out, or convert the model with to=bitmoe"
+        raise InputError(f"{config.kv_bits}, but {config.source} is no packed model", fix=fix, key="kv_bits")
     set_seed(config.seed)
     streamer = _TimedStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     with torch.inference_mode():
@@ -61,31 +64,6 @@ class _TimedStreamer(TextStreamer):
     def put(self, value: torch.Tensor) -> None:
         self.times.append(time.perf_counter())
         super().put(value)
-
-
-def _model_folder(source: str | None) -> Path:
-    if source is None:
-        raise InputError(
-            "nothing to generate with", fix="give source=FOLDER, one that bitmoe convert wrote", key="source"
-        )
-    folder = Path(source)
-    if not (folder / "config.json").is_file():
-        raise InputError(
-            f"{folder} holds no config.json", fix="make one: bitmoe convert source=RUN to=bitmoe out=DIR", key="source"
-        )
-    return folder
-
-
-def _check_draws(config: GenerateConfig) -> None:
-    """Refuse what no sampler can do."""
-    for key, good, meaning in (
-        ("temperature", config.temperature >= 0, "0 or more"),
-        ("top_p", 0 < config.top_p <= 1, "above 0 and at most 1"),
-        ("max_new_tokens", config.max_new_tokens > 0, "1 or more"),
-        ("kv_bits", config.kv_bits in (None, 3, 4, 16), "16, 4 or 3"),
-    ):
-        if not good:
-            raise InputError(f"{getattr(config, key)} is no value for it", fix=f"{meaning}", key=key)
 
 
 def _read_prompt(prompt_file: str | None) -> str:

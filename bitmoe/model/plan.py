@@ -1,7 +1,8 @@
 """``bitmoe plan``: what a run will need, for any number of ranks, on a machine that has none of them.
 
-Three tables (parameters, memory of the fullest ranks, and how a step is divided) or, for a layout that cannot work,
-every reason with its way out. Nothing is built: the numbers come from ``counts.py`` and ``memory.py``.
+Three tables (parameters, memory of the fullest ranks, and how a step is divided) and what the trained model can be
+converted to or, for a layout that cannot work, every reason with its way out. Nothing is built: the numbers come from
+``counts.py`` and ``memory.py``, the reasons from ``config.export_targets``.
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bitmoe.config.errors import InputError
+from bitmoe.config.export_targets import gguf_architecture, hf_architecture, refusals
 from bitmoe.config.schema import Config, Recompute, WeightFormat
 from bitmoe.config.validate import problems
 from bitmoe.model.counts import (
@@ -63,6 +65,7 @@ def plan(config: Config, world_size: int, console: Console | None = None) -> int
     stages = sorted({0, config.parallel.pipeline - 1})
     memories = [rank_memory(config, world_size, stage) for stage in stages]
     console.print(_parameter_table(config), _memory_table(config, memories), _facts(config, world_size))
+    console.print(_exports(config))
     console.print(_conclusion(config, world_size, max(memory.total for memory in memories)))
     return 0
 
@@ -151,6 +154,20 @@ def _packed(config: Config) -> str:
     share = ternary / total_parameters(weights)
     sizes = (f"{_bytes(packed_bytes(config, codes))} at {8 / codes:g} bits" for codes in (4, 5))
     return f"{', '.join(sizes)} a ternary weight\n{share:.1%} of the weights are ternary, the rest is bf16"
+
+
+def _exports(config: Config) -> Table:
+    """What ``bitmoe convert`` can make of the model; of a target that cannot hold it, the first reason."""
+    table = Table.grid(padding=(0, 2))
+    for column in range(2):
+        table.add_column(style="cyan", no_wrap=column == 0)
+    table.add_column()
+    table.add_row("exports", "bitmoe", "yes")
+    for target, architecture in (("hf", hf_architecture(config)), ("gguf", gguf_architecture(config))):
+        first, *others = refusals(config, target) or [f"yes, as {architecture}"]
+        more = f"; {_plural(len(others), 'more reason')}" if others else ""
+        table.add_row("", target, first + more)
+    return table
 
 
 def _conclusion(config: Config, world_size: int, peak: int) -> Text:

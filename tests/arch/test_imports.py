@@ -25,8 +25,8 @@ MAY_IMPORT = {
     "context": BASE | {"bitmoe_kernels", "quant"},
     "model": MODEL - {"model"},
     "train": TOP,
-    "convert": TOP,
-    "infer": TOP,
+    "convert": TOP | {"train", "infer"},
+    "infer": {"config", "bitmoe_kernels"},
     "testing": TOP | {"train", "convert", "infer"},
     "__main__": TOP | {"train", "convert", "infer"},
 }

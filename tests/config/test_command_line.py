@@ -45,6 +45,17 @@ def bitmoe(*arguments, cwd, options=(), **env):
         (["pretrain", "--config-name", "nope"], "primary config 'nope'"),
         (["prepare", "data=files"], "data.path: data.source=files, but no path"),
         (["plot", "run.name=nope"], "runs/nope"),
+        (["convert"], "source: it has no value"),
+        (["convert", "source=.", "to=hf"], "out: it has no value"),
+        (["convert", "source=.", "out=model"], "to: it has no value\nfix: to=bitmoe|hf|gguf|checkpoint"),
+        (["convert", "source=nope", "to=hf", "out=model"], "source: nope is no folder"),
+        (["convert", "source=.", "to=hf", "out=."], "out: . exists already"),
+        (["convert", "surce=."], "did you mean source?"),
+        (["convert", "+surce=."], "surce: there is no such key"),
+        (["convert", "to=onnx"], "to: Invalid value 'onnx', expected one of [bitmoe, hf, gguf, checkpoint]"),
+        (["convert", "packing=3bit"], "packing: Invalid value '3bit', expected one of [2bit, 1.6bit]"),
+        (["convert", "-m", "to=hf,bitmoe", "source=.", "out=."], "out: . exists already"),
+        (["convert", "source=.", "to=hf", "out=model"], "'.' holds neither a checkpoint nor converted weights"),
     ],
     ids=words,
 )
@@ -82,6 +93,8 @@ def test_only_rank_0_of_torchrun_speaks(tmp_path):
         (["pretrain", "parallel.tensor=3"], 2),
         (["plan", "--help"], 0),
         (["pretrain", "--cfg", "job"], 0),
+        (["convert", "source=.", "to=hf"], 2),
+        (["convert", "--help"], 0),
     ],
     ids=words,
 )
@@ -104,6 +117,20 @@ def test_every_command_has_help_and_cfg(command, tmp_path):
     config = bitmoe(command, "--cfg", "job", "run.steps=17", cwd=tmp_path)
     assert (config.returncode, config.stderr) == (0, "")
     assert "steps: 17" in config.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_convert_has_help_and_cfg_of_its_own(tmp_path):
+    assert "  convert " in bitmoe("--help", cwd=tmp_path).stdout
+    usage = bitmoe("convert", "--help", cwd=tmp_path)
+    assert (usage.returncode, usage.stderr) == (0, "")
+    assert usage.stdout.startswith("usage: bitmoe convert ")
+    assert "  packing (2bit|1.6bit; default 2bit)" in usage.stdout
+    assert "model.num_layers" not in usage.stdout
+    config = bitmoe("convert", "--cfg", "job", "to=gguf", "packing=1.6bit", cwd=tmp_path)
+    assert (config.returncode, config.stderr) == (0, "")
+    assert "to: gguf\n" in config.stdout
+    assert "packing: 1.6bit\n" in config.stdout
     assert list(tmp_path.iterdir()) == []
 
 

@@ -4,12 +4,14 @@ from dataclasses import fields, is_dataclass
 
 import pytest
 
+from bitmoe.config.convert_schema import ConvertConfig
 from bitmoe.config.help import command_help, group_choices
 from bitmoe.config.keys import all_keys
 from bitmoe.config.locate import config_dir
 from bitmoe.config.schema import BitStage, Config
 
 KEYS = {key.name: key for key in all_keys()}
+CONVERT_KEYS = {key.name: key for key in all_keys(ConvertConfig)}
 
 
 def test_all_keys_has_every_field_of_the_schema():
@@ -18,10 +20,16 @@ def test_all_keys_has_every_field_of_the_schema():
     assert all(is_dataclass(group.type) for group in fields(Config))
 
 
-@pytest.mark.parametrize("name", KEYS)
-def test_every_key_is_documented(name):
-    assert KEYS[name].doc.endswith(".")
-    assert "  " not in KEYS[name].doc
+@pytest.mark.parametrize("key", [*KEYS.values(), *CONVERT_KEYS.values()], ids=lambda key: key.name)
+def test_every_key_is_documented(key):
+    assert key.doc.endswith(".")
+    assert "  " not in key.doc
+
+
+def test_all_keys_of_a_flat_schema_are_its_fields():
+    assert set(CONVERT_KEYS) == {field.name for field in fields(ConvertConfig)}
+    assert (CONVERT_KEYS["to"].type, CONVERT_KEYS["to"].default) == ("bitmoe|hf|gguf|checkpoint|null", "null")
+    assert (CONVERT_KEYS["packing"].type, CONVERT_KEYS["packing"].default) == ("2bit|1.6bit", "2bit")
 
 
 @pytest.mark.parametrize(

@@ -66,8 +66,19 @@ def test_short_counts(count, text):
     assert _short(count) == text
 
 
+def test_what_a_model_can_be_converted_to():
+    rows = re.sub(r" {2,}", " | ", planned(["experiment=b158_swiglu_700m"], 1)[1])
+    assert "exports | bitmoe | yes" in rows
+    assert "hf | yes, as BitNetForCausalLM" in rows
+    assert "gguf | model.tie_embeddings=false: " in rows
+    rows = re.sub(r" {2,}", " | ", planned(["experiment=moe_1b_e8k2"], 8)[1])
+    assert re.search(r"hf \| moe.num_experts=8: .*; 2 more reasons", rows)
+
+
 def test_an_unquantized_model_has_no_codes():
-    assert "ternary" not in planned(["quant=none"], 2)[1]
+    text = planned(["quant=none"], 2)[1]
+    assert "ternary codes" not in text
+    assert "for inference" not in text
 
 
 BAD = [
