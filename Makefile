@@ -12,6 +12,10 @@ ARGS ?=
 # Of `make test`: the tests that start several ranks share one worker.
 WORKERS ?= 2
 TESTS ?= tests
+# Of `make eval`: a run, and the packed model made of it.
+RUN ?= runs/default
+MODEL ?= $(RUN)/packed
+KV_BITS ?= 16 4 3
 
 # $(call install,DIRECTORY,PYTHON): a virtual environment with bitmoe in it, editable.
 define install
@@ -43,6 +47,11 @@ setup: .venv/installed  ## Make .venv with everything in it (skipped when up to 
 .PHONY: pretrain
 pretrain: setup  ## Pretrain the default model; ARGS="key=value ..." changes it.
 	@.venv/bin/bitmoe pretrain $(ARGS)
+
+.PHONY: eval
+eval: setup  ## Evaluate a run with lm-eval on the text it held out, at each of KV_BITS; RUN=runs/NAME takes another.
+	@[ -d $(MODEL) ] || .venv/bin/bitmoe convert source=$(RUN) to=bitmoe out=$(MODEL)
+	@.venv/bin/python tools/evaluate.py $(MODEL) --run $(RUN) --kv-bits $(KV_BITS)
 
 .PHONY: test
 test: setup lint  ## Run the linter and all tests; TESTS=tests/arch runs a part.
