@@ -24,6 +24,7 @@ RULES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "moe.shared_expert_size": ZERO_OR_MORE,
     "moe.aux_loss_coeff": ZERO_OR_MORE,
     "moe.z_loss_coeff": ZERO_OR_MORE,
+    "context.kv_bits": ("out of 16, 4 and 3", lambda x: x in (16, 4, 3)),
     "data.eval_fraction": ("above 0 and below 1", lambda x: 0 < x < 1),
     "optim.lr_end": ZERO_OR_MORE,
     "optim.warmup_steps": ZERO_OR_MORE,

@@ -204,6 +204,8 @@ class ContextConfig:
 
     seq_length: int = 256
     """Tokens of a training sequence."""
+    kv_bits: int = 16
+    """Bits at which a converted model keeps cached keys and values: 16, 4 or 3. Training has no cache."""
 
 
 @dataclass

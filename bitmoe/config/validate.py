@@ -56,6 +56,9 @@ def _model(config: Config) -> Iterator[InputError]:
     elif (width := model.head_dim or model.hidden_size // heads) % 2:
         what = f"{width} is odd, and the rotary embedding turns pairs"
         yield InputError(what, fix="an even width", key="model.head_dim")
+    elif config.context.kv_bits < 16 and width % 8:
+        what = f"{config.context.kv_bits}, but heads are {width} wide and low-bit caches pack eight features at a time"
+        yield InputError(what, fix="16, or a model.head_dim that is a multiple of 8", key="context.kv_bits")
     if heads % kv_heads:
         yield InputError(
             f"{heads} attention heads do not divide by {kv_heads}",

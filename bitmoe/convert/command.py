@@ -24,8 +24,10 @@ from bitmoe.convert.progress import ConvertProgress
 from bitmoe.convert.tokenizer_files import special_ids, write_json, write_tokenizer_files
 from bitmoe.convert.written_exports import GgufExport, HfExport, PackedExport, WrittenExport
 from bitmoe.model.export_names import export_shapes
+from bitmoe.quant.bit_schedule import stage_at, stage_name
 from bitmoe.train.manifest import MANIFEST, read_manifest, write_manifest
 from bitmoe.train.open_source import open_source
+from bitmoe.train.sharded_weights import ShardedWeights
 from bitmoe.train.weight_folder import WeightFolder, write_weight_folder
 
 _PARITY = "parity.json"
@@ -71,6 +73,7 @@ def convert(config: ConvertConfig) -> int:
             fix="to=bitmoe holds every model",
             key="to",
         )
+    _say_stage(source)
     out = Path(config.out)
     with output_folder(out, _needed_bytes(config, source)) as folder:
         report = _WRITERS[config.to](_Conversion(config, source, folder, progress))
@@ -151,6 +154,17 @@ def _compare(job: _Conversion, read_back: Callable[[], WrittenExport]) -> dict[s
         report = {"text": text, **check_export(job.source, read_back(), tokens_BS, tell)}
     write_json(job.folder / _PARITY, report)
     return report
+
+
+def _say_stage(source: Any) -> None:
+    """Warn of a checkpoint that was taken before the last bit stage began: it is converted in that stage's formats."""
+    if not isinstance(source, ShardedWeights) or source.step < 1:
+        return
+    quant, steps = source.config.quant, source.config.run.steps
+    reached, stage = stage_at(min(source.step, steps), quant, steps)
+    if reached < len(quant.stages) - 1:
+        last = stage_name(quant.stages[-1])
+        print(f"warning: trained for {source.step} of {steps} steps, in {stage_name(stage)}; converted in {last}")
 
 
 def _needed_bytes(config: ConvertConfig, source: Any) -> int:

@@ -40,7 +40,7 @@ def packed_config(config: Config, packing: Packing, special: SpecialIds) -> dict
         "quant_groups": config.quant.groups,
         "input_formats": {role: getattr(stage, role).value for role in ("qkv", "o", "gate_up", "down")},
         "o_keep": stage.o_keep,
-        "kv_bits": 16,
+        "kv_bits": config.context.kv_bits,
         "num_experts": moe.num_experts,
         "num_experts_per_tok": moe.router_topk if has_experts else 0,
         "moe_intermediate_size": moe.ffn_hidden_size if has_experts else 0,

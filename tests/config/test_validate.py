@@ -28,6 +28,8 @@ CASES = [
     (["moe.router_topk=0"], None, "moe.router_topk", "0 is out of range", "above 0"),
     (["moe.num_experts=-8"], None, "moe.num_experts", "-8 is out of range", "0 or more"),
     (["run.eval_every=-1"], None, "run.eval_every", "-1 is out of range", "0 or more"),
+    (["context.kv_bits=5"], None, "context.kv_bits", "5 is out of range", "16, 4 and 3"),
+    (["context.kv_bits=3", "model.head_dim=12"], None, "context.kv_bits", "heads are 12 wide", "multiple of 8"),
     (["quant.stages.1.o_keep=0"], None, "quant.stages[1].o_keep", "out of range", "at most 1"),
     (["data=files", "data.path=[a,b]", "data.weights=[1,0]"], None, "data.weights[1]", "out of range", ""),
     (["run.name=a/b"], None, "run.name", "'a/b' is not a plain name", "run.dir"),
