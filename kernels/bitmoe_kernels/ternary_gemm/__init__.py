@@ -1,5 +1,14 @@
-"""Products of integer activation codes with ternary weight codes."""
+"""Products of integer activation codes with ternary weight codes, and their 8-bit backward."""
 
-from bitmoe_kernels.ternary_gemm.op import code_matmul
+from bitmoe_kernels.ternary_gemm.backward import QuantizedGrad, input_grad, quantize_grad, weight_grad
+from bitmoe_kernels.ternary_gemm.op import code_matmul, k_major_codes, scaled_code_matmul
 
-__all__ = ["code_matmul"]
+__all__ = [
+    "QuantizedGrad",
+    "code_matmul",
+    "input_grad",
+    "k_major_codes",
+    "quantize_grad",
+    "scaled_code_matmul",
+    "weight_grad",
+]
