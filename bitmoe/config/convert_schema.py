@@ -25,17 +25,21 @@ class Target(Enum):
 
 
 class HfWeights(Enum):
-    """packed: two bits a weight; online: master weights that transformers quantizes as it runs."""
+    """packed: two bits a weight; online: master weights that transformers quantizes as it runs; compressed: two bits a
+    weight as compressed-tensors packs them, for vLLM."""
 
     packed = "packed"
     online = "online"
+    compressed = "compressed"
 
 
 class GgufType(Enum):
-    """llama.cpp's ternary types."""
+    """Ternary types: tq2_0 and tq1_0 of llama.cpp; i2_s of bitnet.cpp, in a build whose graph has ReLU2 (llama.cpp
+    itself refuses the file)."""
 
     tq2_0 = "tq2_0"
     tq1_0 = "tq1_0"
+    i2_s = "i2_s"
 
 
 @dataclass
@@ -53,9 +57,10 @@ class ConvertConfig:
     packing: Packing = Packing["2bit"]
     """to=bitmoe: bits of a ternary code on disk; 1.6bit is unpacked to 2bit when the model is loaded."""
     hf_weights: HfWeights = HfWeights.packed
-    """to=hf: packed codes, or online master weights."""
+    """to=hf: packed codes, online master weights, or for vLLM compressed-tensors (which has no sub-norms)."""
     gguf_type: GgufType = GgufType.tq2_0
-    """to=gguf: tq2_0 takes 2.06 bits a weight and is faster, tq1_0 takes 1.69."""
+    """to=gguf: tq2_0 takes 2.06 bits a weight and is faster, tq1_0 takes 1.69; i2_s takes 2 and is for bitnet.cpp on
+    x86, whose models have ReLU2 and sub-norms."""
     as_int8: bool = False
     """to=hf and to=gguf: accept that the runtime computes all inputs in INT8, whatever the model was trained with."""
     precision: Precision = Precision.bf16

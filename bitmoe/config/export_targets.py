@@ -1,11 +1,14 @@
 """Which formats of other projects can hold a model, and why not: asked by ``convert``, and before training by ``plan``.
 
 ``bitmoe`` and ``checkpoint`` are this project's own and hold everything. ``hf`` is a model class of transformers with
-its ``bitnet`` quantization, ``gguf`` a file for llama.cpp. A model fits a target if a runtime of that target computes
-the same function, up to the precision of its INT8 inputs: what loads and then answers wrongly is refused here.
+its ``bitnet`` quantization, ``gguf`` a file for llama.cpp, ``gguf i2_s`` one for bitnet.cpp. A model fits a target
+if a runtime of that target computes the same function, up to the precision of its INT8 inputs: what loads and then
+answers wrongly is refused here.
 
 The rules were read in transformers 5.23 (``models/bitnet``, ``models/llama``, ``integrations/bitnet.py``) and in the
 llama.cpp of llama-cpp-python 0.3.36 (``src/models/{llama,bitnet}.cpp``, ``build_moe_ffn`` of ``src/llama-graph.cpp``).
+Those of bitnet.cpp are of builds whose ``bitnet-b1.58`` graph gates with ReLU2 (``build_bitnet_158``); the one of July
+2026 gates with SiLU (microsoft/BitNet#588), which is wrong for its own model as well.
 """
 
 from collections.abc import Iterator
@@ -13,10 +16,12 @@ from collections.abc import Iterator
 from bitmoe.config.layout import query_groups
 from bitmoe.config.schema import ActFormat, Activation, Config, Score, WeightFormat
 
-TARGETS = ("bitmoe", "checkpoint", "hf", "gguf")
+TARGETS = ("bitmoe", "checkpoint", "hf", "gguf", "gguf i2_s")
 HF_ROWS_PER_BYTE = 4
 GGUF_BLOCK = 256
-_RUNTIMES = {"hf": "transformers", "gguf": "llama.cpp"}
+I2S_BLOCK = 128
+BITNET_CPP_ARCHITECTURE = "bitnet-b1.58"
+_RUNTIMES = {"hf": "transformers", "gguf": "llama.cpp", "gguf i2_s": "bitnet.cpp"}
 
 
 def refusals(config: Config, target: str, as_int8: bool = False) -> list[str]:
@@ -35,7 +40,8 @@ def refusals(config: Config, target: str, as_int8: bool = False) -> list[str]:
     if target not in _RUNTIMES:
         return []
     runtime = _RUNTIMES[target]
-    reasons = [*_weights(config, runtime), *(_hf(config) if target == "hf" else _gguf(config))]
+    of_target = {"hf": _hf, "gguf": _gguf, "gguf i2_s": _i2s}[target]
+    reasons = [*_weights(config, runtime), *of_target(config)]
     return reasons if as_int8 else [*reasons, *_inputs(config, runtime)]
 
 
@@ -125,6 +131,25 @@ def _gguf_experts(config: Config) -> Iterator[str]:
         yield f"moe.scaling_factor={moe.scaling_factor:g}: the llama graph of llama.cpp does not scale probabilities"
     if moe.shared_expert_size:
         yield f"moe.shared_expert_size={moe.shared_expert_size}: the llama graph of llama.cpp has no shared expert"
+
+
+def _i2s(config: Config) -> Iterator[str]:
+    """What the ``bitnet-b1.58`` graph of bitnet.cpp computes is BitNet b1.58 2B4T, and nothing else."""
+    model = config.model
+    if config.moe.num_experts:
+        yield f"moe.num_experts={config.moe.num_experts}: bitnet.cpp has no MoE"
+    if model.activation is not Activation.relu2_glu:
+        yield f"model.activation={model.activation.value}: bitnet.cpp gates with ReLU2"
+    if not model.sub_norm:
+        yield "model.sub_norm=false: bitnet.cpp has sub-norms"
+    if not model.tie_embeddings:
+        yield "model.tie_embeddings=false: bitnet.cpp has no head of its own"
+    if config.quant.groups > 1:
+        yield f"quant.groups={config.quant.groups}: I2_S has one scale a matrix"
+    for size, inputs in [_hidden(config), _ffn(config)]:
+        if inputs % I2S_BLOCK:
+            yield f"{size} makes rows of {inputs}: I2_S takes rows in blocks of {I2S_BLOCK}"
+    yield from _square_attention(config, "bitnet.cpp")
 
 
 def _square_attention(config: Config, holder: str) -> Iterator[str]:

@@ -7,12 +7,13 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from bitmoe.config.convert_schema import ConvertConfig, HfWeights, Packing, Target
+from bitmoe.config.convert_schema import ConvertConfig, GgufType, HfWeights, Packing, Target
 from bitmoe.config.errors import InputError
 from bitmoe.config.export_targets import refusals
 from bitmoe.config.schema import Precision
 from bitmoe.convert.check_export import check_export, check_weights
 from bitmoe.convert.check_text import check_tokens
+from bitmoe.convert.compressed_format import write_compressed
 from bitmoe.convert.gguf_format import write_gguf
 from bitmoe.convert.hf_config import CONFIG_FILE
 from bitmoe.convert.hf_export import write_hf
@@ -22,7 +23,7 @@ from bitmoe.convert.packed_format import packed_bytes, write_packed
 from bitmoe.convert.packed_manifest import verify_packed, write_packed_manifest
 from bitmoe.convert.progress import ConvertProgress
 from bitmoe.convert.tokenizer_files import special_ids, write_json, write_tokenizer_files
-from bitmoe.convert.written_exports import GgufExport, HfExport, PackedExport, WrittenExport
+from bitmoe.convert.written_exports import CompressedExport, GgufExport, HfExport, PackedExport, WrittenExport
 from bitmoe.model.export_names import export_shapes
 from bitmoe.quant.bit_schedule import stage_at, stage_name
 from bitmoe.train.manifest import MANIFEST, read_manifest, write_manifest
@@ -66,10 +67,11 @@ def convert(config: ConvertConfig) -> int:
     progress = ConvertProgress()
     with progress.phase("reading"):
         source = _open(config)
-    reasons = refusals(source.config, config.to.value, config.as_int8)
+    target = "gguf i2_s" if (config.to, config.gguf_type) == (Target.gguf, GgufType.i2_s) else config.to.value
+    reasons = refusals(source.config, target, config.as_int8)
     if reasons:
         raise InputError(
-            f"{config.to.value} cannot hold this model:" + "".join(f"\n  {reason}" for reason in reasons),
+            f"{target} cannot hold this model:" + "".join(f"\n  {reason}" for reason in reasons),
             fix="to=bitmoe holds every model",
             key="to",
         )
@@ -110,12 +112,17 @@ def _to_bitmoe(job: _Conversion) -> dict[str, Any]:
 
 
 def _to_hf(job: _Conversion) -> dict[str, Any]:
-    tokenizer, is_packed = job.source.tokenizer, job.config.hf_weights is HfWeights.packed
+    model, tokenizer, weights = job.source, job.source.tokenizer, job.config.hf_weights
     with job.progress.phase("writing", job.num_tensors) as tell:
         ids = special_ids(tokenizer).as_keys()
-        write_hf(job.source, job.folder, packed=is_packed, progress=tell, token_ids=ids)
-        write_tokenizer_files(tokenizer, job.folder, job.source.config.context.seq_length)
-    return _compare(job, lambda: HfExport(job.folder, is_packed))
+        if weights is HfWeights.compressed:
+            write_compressed(model, job.folder, tell, ids)
+        else:
+            write_hf(model, job.folder, packed=weights is HfWeights.packed, progress=tell, token_ids=ids)
+        write_tokenizer_files(tokenizer, job.folder, model.config.context.seq_length)
+    if weights is HfWeights.compressed:
+        return _compare(job, lambda: CompressedExport(job.folder, model.config))
+    return _compare(job, lambda: HfExport(job.folder, weights is HfWeights.packed))
 
 
 def _to_gguf(job: _Conversion) -> dict[str, Any]:

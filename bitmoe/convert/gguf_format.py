@@ -1,12 +1,13 @@
-"""Writes GGUF files for llama.cpp from latent weights, and reads their ternary codes back.
+"""Writes GGUF files for llama.cpp and bitnet.cpp from latent weights, and reads their ternary codes back.
 
-Which models llama.cpp computes is decided in ``bitmoe.config.export_targets``. Ternary matrices become TQ1_0 or TQ2_0:
+Which models they compute is decided in ``bitmoe.config.export_targets``. Ternary matrices become TQ1_0 or TQ2_0:
 blocks of 256 weights of a row, each with a scale ``d`` in fp16, so that codes are kept exactly and scales to 11 bits.
 A group of quantization whose borders lie between blocks keeps a scale of its own. Embedding and head are fp16, norms
-and routers fp32.
+and routers fp32. For bitnet.cpp they become I2_S (``i2s_format.py``), with one scale in fp32.
 
 llama.cpp quantizes the input of a ternary matrix to INT8 in blocks of 256 features, finer than this project's one scale
 a token and group. So outputs agree closely, not bit for bit, and groups of the input need no word in the file.
+bitnet.cpp takes one scale a token, as training does with one group.
 """
 
 # Shapes: O = output rows, r = some of them, I = input features, b = bytes of a row, E = experts, G = groups,
@@ -22,18 +23,19 @@ import torch
 from gguf import GGMLQuantizationType, LlamaFileType
 
 from bitmoe.config.errors import InputError
-from bitmoe.config.export_targets import GGUF_BLOCK, gguf_architecture
+from bitmoe.config.export_targets import BITNET_CPP_ARCHITECTURE, GGUF_BLOCK, gguf_architecture
 from bitmoe.config.schema import Config
 from bitmoe.convert.codes import check_finite, is_row_parallel, ternary_matrix
 from bitmoe.convert.gguf_names import export_name, gguf_name, interleave_halves
 from bitmoe.convert.gguf_tokenizer import gguf_vocabulary
+from bitmoe.convert.i2s_format import I2_S, MOSTLY_I2_S, GgufReader, i2s_bytes, pack_i2s, unpack_i2s
 from bitmoe.data.tokenizer import Tokenizer
 from bitmoe.model.export_names import export_shapes
 from bitmoe.model.sizes import head_dim, num_query_groups
 from bitmoe.train.weight_source import WeightSource
 
-_FILE_TYPES = {"tq1_0": LlamaFileType.MOSTLY_TQ1_0, "tq2_0": LlamaFileType.MOSTLY_TQ2_0}
-_TERNARY = {"tq1_0": GGMLQuantizationType.TQ1_0, "tq2_0": GGMLQuantizationType.TQ2_0}
+_FILE_TYPES = {"tq1_0": LlamaFileType.MOSTLY_TQ1_0, "tq2_0": LlamaFileType.MOSTLY_TQ2_0, "i2_s": MOSTLY_I2_S}
+_TERNARY = {"tq1_0": GGMLQuantizationType.TQ1_0, "tq2_0": GGMLQuantizationType.TQ2_0, "i2_s": I2_S}
 _ROWS_AT_ONCE = 64
 _HALF = ("model.embed_tokens.weight", "lm_head.weight")
 
@@ -48,9 +50,10 @@ def write_gguf(
     """Write a model tensor by tensor, in the memory of one.
 
     Args:
-        source: a model without a reason in ``refusals(config, "gguf")``.
+        source: a model without a reason in ``refusals(config, "gguf")``, for i2_s ``refusals(config, "gguf i2_s")``.
         out_file: a new file, in a folder that the caller makes durable and gives its final name.
-        type_name: ``tq1_0`` (1.69 bits a weight) or ``tq2_0`` (2.06 bits, faster).
+        type_name: ``tq1_0`` (1.69 bits a weight) or ``tq2_0`` (2.06 bits, faster) for llama.cpp, ``i2_s`` (2 bits) for
+            bitnet.cpp.
         tokenizer: the model's.
         progress: called with the name of each tensor that was written.
 
@@ -59,11 +62,15 @@ def write_gguf(
     """
     config = source.config
     shapes = export_shapes(config)
-    with closing(gguf.GGUFWriter(out_file, gguf_architecture(config))) as writer:
+    architecture = BITNET_CPP_ARCHITECTURE if type_name == "i2_s" else gguf_architecture(config)
+    with closing(gguf.GGUFWriter(out_file, architecture)) as writer:
         _add_metadata(writer, config, type_name)
         gguf_vocabulary(tokenizer, config.model.vocab_size).add_to(writer)
         for name, shape in shapes.items():
             kind = _type_of(name, type_name)
+            if kind == I2_S:
+                writer.add_tensor_info(gguf_name(name), shape, np.dtype(np.int8), i2s_bytes(shape), kind)
+                continue
             bytes_shape = gguf.quant_shape_to_byte_shape(shape, kind)
             writer.add_tensor_info(gguf_name(name), bytes_shape, np.dtype(np.uint8), int(np.prod(bytes_shape)), kind)
         writer.write_header_to_file()
@@ -85,12 +92,14 @@ def read_gguf_codes(file: Path, config: Config) -> Iterator[tuple[str, torch.Ten
         Exported name, codes int8 [..., O, I], scale fp32 [..., G]; the scale is 0 where a group has no code but 0.
 
     Raises:
-        InputError: an unknown tensor, or blocks of one group with different scales.
+        InputError: an unknown tensor, bits that are no code, or blocks of one group with different scales.
     """
-    for tensor in gguf.GGUFReader(file).tensors:
+    for tensor in GgufReader(file).tensors:
         if tensor.tensor_type in _TERNARY.values():
             name = export_name(tensor.name)
-            if tensor.data.ndim == 2:
+            if tensor.tensor_type == I2_S:
+                yield name, *unpack_i2s(tensor.data, tensor.shape.tolist()[::-1])
+            elif tensor.data.ndim == 2:
                 yield name, *_decode(tensor.data, tensor.tensor_type, name, config)
             else:
                 experts = [_decode(matrix, tensor.tensor_type, name, config) for matrix in tensor.data]
@@ -115,19 +124,26 @@ def _add_metadata(writer: gguf.GGUFWriter, config: Config, type_name: str) -> No
     writer.add_rope_dimension_count(head_dim(model))
     writer.add_rope_freq_base(model.rope_theta)
     writer.add_layer_norm_rms_eps(model.norm_eps)
+    if type_name == "i2_s":
+        # Graphs of today ignore it; one with a choice of activations (microsoft/BitNet#605) takes ReLU2 by it.
+        writer.add_string(f"{writer.arch}.hidden_activation", "relu2")
     if moe.num_experts:
         writer.add_expert_count(moe.num_experts)
         writer.add_expert_used_count(moe.router_topk)
 
 
-def _type_of(name: str, type_name: str) -> GGMLQuantizationType:
+def _type_of(name: str, type_name: str) -> GGMLQuantizationType | int:
     if name.endswith("_proj.weight"):
         return _TERNARY[type_name]
     return GGMLQuantizationType.F16 if name in _HALF else GGMLQuantizationType.F32
 
 
-def _tensor_bytes(source: WeightSource, name: str, shape: tuple[int, ...], kind: GGMLQuantizationType) -> np.ndarray:
+def _tensor_bytes(
+    source: WeightSource, name: str, shape: tuple[int, ...], kind: GGMLQuantizationType | int
+) -> np.ndarray:
     """A tensor as GGUF stores it, uint8 [..., b]; of stacked experts one is read at a time."""
+    if kind == I2_S:
+        return pack_i2s(*ternary_matrix(name, source.read(name), groups=1))
     if kind not in _TERNARY.values():
         dtype = torch.float16 if kind is GGMLQuantizationType.F16 else torch.float32
         tensor = source.read(name).to(dtype)

@@ -56,14 +56,14 @@ def write_hf(
     if reasons:
         raise InputError("; ".join(reasons), fix="to=bitmoe holds every model")
     convert = _packed if packed else _as_read
-    shards = [convert(source, names) for names in _plan_shards(source.config, max_shard_bytes)]
+    shards = [convert(source, names) for names in plan_shards(source.config, max_shard_bytes)]
     write_shards(folder, shards, progress)
     dtype = source.read("model.norm.weight").dtype
     content = hf_config(source.config, dtype, packed=packed, token_ids=dict(token_ids or {}))
     replace_file(folder / CONFIG_FILE, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def _plan_shards(config: Config, max_bytes: int) -> list[list[str]]:
+def plan_shards(config: Config, max_bytes: int = _MAX_SHARD_BYTES) -> list[list[str]]:
     """Names of each shard: one layer, or what stands before or after all layers, cut where it is too large."""
     shapes = export_shapes(config)
     shards = []

@@ -1,7 +1,8 @@
 """Every kind of export, read back from what was written: its tensors, and the logits its runtime computes.
 
 The packed model runs layer by layer. A model of transformers' own class is run whole, as its user will run it. GGUF is
-run with the codes and scales of the file in the packed model, for there is no llama.cpp here.
+run with the codes and scales of the file in the packed model, for there is no runtime of it here, and so is
+compressed-tensors, for there is no vLLM.
 """
 
 from collections.abc import Iterable
@@ -17,9 +18,11 @@ from bitmoe.config.convert_schema import Packing
 from bitmoe.config.errors import InputError
 from bitmoe.config.schema import BitStage, Config
 from bitmoe.convert.codes import is_ternary, ternary_matrix
+from bitmoe.convert.compressed_format import read_compressed
 from bitmoe.convert.gguf_format import read_gguf_codes
 from bitmoe.convert.gguf_names import export_name
 from bitmoe.convert.hf_packing import unpack_rows
+from bitmoe.convert.i2s_format import GgufReader
 from bitmoe.convert.packed_config import packed_config
 from bitmoe.convert.packed_format import scale_name
 from bitmoe.convert.packed_forward import PackedTensors, exported_logits
@@ -102,8 +105,38 @@ class HfExport:
             return model.eval()(tokens_BS, use_cache=False).logits.float()
 
 
+class CompressedExport:
+    """compressed-tensors: exact codes and scales."""
+
+    limits, stage = EXACT, BitStage()
+
+    def __init__(self, folder: Path, config: Config):
+        self._config, self._shards = replace(config, quant=replace(config.quant, stages=[BitStage()])), Shards(folder)
+        self.config = BitmoeConfig(**packed_config(self._config, Packing["2bit"], SpecialIds(eos=0, pad=0)))
+
+    def ternary(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return read_compressed(self._shards, name)
+
+    def numbers(self, name: str) -> torch.Tensor:
+        return self._shards.read(name)
+
+    def logits(self, tokens_BS: torch.Tensor) -> torch.Tensor:
+        return exported_logits(self, tokens_BS)
+
+    def names(self) -> Iterable[str]:
+        """As ``ExportedTensors``."""
+        return {name.removesuffix("_packed") for name in self._shards.stored if not name.endswith("_shape")}
+
+    def read(self, name: str) -> torch.Tensor:
+        """As ``ExportedTensors``."""
+        if is_ternary(name, self._config):
+            return pack(self.ternary(name)[0])
+        matrix = name.removesuffix("_scale")
+        return self.numbers(name) if matrix == name else self.ternary(matrix)[1]
+
+
 class GgufExport:
-    """GGUF: exact codes, scales in fp16, embedding and head in fp16."""
+    """GGUF: exact codes, scales in fp16 (of I2_S in fp32), embedding and head in fp16."""
 
     # Rounding the embedding to fp16 moves inputs to other INT8 codes; a model that is not trained answers to that with
     # other tokens. The tensors are compared strictly, and this finds another function.
@@ -114,7 +147,7 @@ class GgufExport:
         # Two bits a weight: all of them fit where the model was trained.
         self._ternary = {name: (pack(codes), scale) for name, codes, scale in read_gguf_codes(file, config)}
         self._inputs = {name: shape[-1] for name, shape in export_shapes(config).items()}
-        self._stored = {export_name(tensor.name): tensor for tensor in gguf.GGUFReader(file).tensors}
+        self._stored = {export_name(tensor.name): tensor for tensor in GgufReader(file).tensors}
         self.config = BitmoeConfig(**packed_config(self._config, Packing["2bit"], SpecialIds(eos=0, pad=0)))
 
     def ternary(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:

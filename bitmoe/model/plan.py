@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bitmoe.config.errors import InputError
-from bitmoe.config.export_targets import gguf_architecture, hf_architecture, refusals
+from bitmoe.config.export_targets import BITNET_CPP_ARCHITECTURE, gguf_architecture, hf_architecture, refusals
 from bitmoe.config.schema import Config, Recompute, WeightFormat
 from bitmoe.config.validate import problems
 from bitmoe.model.counts import (
@@ -163,7 +163,12 @@ def _exports(config: Config) -> Table:
         table.add_column(style="cyan", no_wrap=column == 0)
     table.add_column()
     table.add_row("exports", "bitmoe", "yes")
-    for target, architecture in (("hf", hf_architecture(config)), ("gguf", gguf_architecture(config))):
+    architectures = {
+        "hf": hf_architecture(config),
+        "gguf": gguf_architecture(config),
+        "gguf i2_s": BITNET_CPP_ARCHITECTURE,
+    }
+    for target, architecture in architectures.items():
         first, *others = refusals(config, target) or [f"yes, as {architecture}"]
         more = f"; {_plural(len(others), 'more reason')}" if others else ""
         table.add_row("", target, first + more)

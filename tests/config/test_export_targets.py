@@ -11,6 +11,7 @@ DENSE = [
 ]
 EXPERTS = [*DENSE, "moe.num_experts=8", "moe.ffn_hidden_size=512", "moe.shared_expert_size=0"]
 SUB_NORMS = [*DENSE, "model.sub_norm=true", "model.tie_embeddings=true"]
+RELU2 = [*SUB_NORMS, "model.activation=relu2_glu"]
 STAGE = "quant.stages=[{start:0},{start:0.5,%s}]"
 
 
@@ -26,6 +27,8 @@ STAGE = "quant.stages=[{start:0},{start:0.5,%s}]"
         ([*DENSE, "model.head_dim=128", "quant.groups=2"], "gguf"),
         (SUB_NORMS, "gguf"),
         (EXPERTS, "gguf"),
+        (RELU2, "gguf i2_s"),
+        ([*RELU2, "model.ffn_hidden_size=640", "model.num_query_groups=1"], "gguf i2_s"),
         ([*EXPERTS, "moe.scaling_factor=1"], "gguf"),
         ([], "bitmoe"),
         ([], "checkpoint"),
@@ -63,6 +66,16 @@ def test_accepted(overrides, target):
         (EXPERTS, "moe.shared_expert_size=256", "gguf", "moe.shared_expert_size=256"),
         (EXPERTS, "moe.ffn_hidden_size=384", "gguf", "moe.ffn_hidden_size=384"),
         (EXPERTS, "model.sub_norm=true model.tie_embeddings=true", "gguf", "model.sub_norm=true"),
+        (RELU2, "quant.weights=none", "gguf i2_s", "quant.weights=none"),
+        (RELU2, "moe.num_experts=8 moe.ffn_hidden_size=512", "gguf i2_s", "moe.num_experts=8"),
+        (RELU2, "model.activation=swiglu", "gguf i2_s", "model.activation=swiglu"),
+        (RELU2, "model.sub_norm=false", "gguf i2_s", "model.sub_norm=false"),
+        (RELU2, "model.tie_embeddings=false", "gguf i2_s", "model.tie_embeddings=false"),
+        (RELU2, "quant.groups=2", "gguf i2_s", "quant.groups=2"),
+        (RELU2, "model.hidden_size=192", "gguf i2_s", "model.hidden_size=192 makes rows of 192"),
+        (RELU2, "model.ffn_hidden_size=192", "gguf i2_s", "model.ffn_hidden_size=192 makes rows of 192"),
+        (RELU2, "model.head_dim=128", "gguf i2_s", "model.head_dim=128 of 4 heads"),
+        (RELU2, STAGE % "qkv:int4", "gguf i2_s", "quant.stages[1] has qkv=int4"),
     ],
 )
 def test_refused_with_its_reason(base, override, target, start):
@@ -73,8 +86,9 @@ def test_refused_with_its_reason(base, override, target, start):
 
 
 def test_inputs_can_be_taken_as_int8():
-    config = compose([*DENSE, STAGE % "qkv:int4,gate_up:fp4,o_keep:0.5"])
-    for target in ("hf", "gguf"):
+    stage = STAGE % "qkv:int4,gate_up:fp4,o_keep:0.5"
+    for model, target in ((DENSE, "hf"), (DENSE, "gguf"), (RELU2, "gguf i2_s")):
+        config = compose([*model, stage])
         (reason,) = refusals(config, target)
         assert "qkv=int4, gate_up=fp4, o_keep=0.5" in reason
         assert "as_int8=true" in reason
@@ -86,9 +100,9 @@ def test_only_the_last_stage_counts():
 
 
 def test_unknown_target():
-    with pytest.raises(ValueError, match="bitmoe, checkpoint, hf, gguf"):
+    with pytest.raises(ValueError, match="bitmoe, checkpoint, hf, gguf, gguf i2_s"):
         refusals(compose([]), "onnx")
-    assert set(TARGETS) == {"bitmoe", "checkpoint", "hf", "gguf"}
+    assert set(TARGETS) == {"bitmoe", "checkpoint", "hf", "gguf", "gguf i2_s"}
 
 
 def test_architectures():

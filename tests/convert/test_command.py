@@ -9,7 +9,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import gguf
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -19,6 +18,7 @@ from bitmoe.config.convert_schema import ConvertConfig, GgufType, HfWeights, Pac
 from bitmoe.config.errors import InputError
 from bitmoe.config.schema import ActFormat, Activation, BitStage, Config, MoEConfig, Precision, QuantConfig
 from bitmoe.convert import command
+from bitmoe.convert.i2s_format import GgufReader
 from bitmoe.convert.packed_manifest import verify_packed
 from bitmoe.model.export_names import export_shapes
 from bitmoe.testing.parity import make_engine
@@ -51,6 +51,7 @@ MODELS = {
         sub_norm=False,
         init_std=0.02,
     ),
+    "bitnet_cpp": tiny(hidden_size=128, init_std=0.02, tie_embeddings=True),
 }
 
 
@@ -61,7 +62,7 @@ def save_models(folder):
 
 @pytest.fixture(scope="module")
 def runs(ranks, tmp_path_factory):
-    """Runs of three models, which no test changes."""
+    """Runs of four models, which no test changes."""
     folder = tmp_path_factory.mktemp("runs")
     ranks(1).run(save_models, folder)
     return folder
@@ -109,7 +110,8 @@ def test_packed_model_is_what_training_computes(ranks, runs, tmp_path, packing):
 @pytest.mark.parametrize("weights", HfWeights)
 def test_hf_model_is_what_training_computes(ranks, runs, tmp_path, weights):
     out = tmp_path / "out"
-    said = ranks(1).run(convert, settings(runs, "bitnet", Target.hf, out, hf_weights=weights))[0]
+    name = "llama" if weights is HfWeights.compressed else "bitnet"
+    said = ranks(1).run(convert, settings(runs, name, Target.hf, out, hf_weights=weights))[0]
     report = parity(out)
     assert "parity with the training forward on 64 tokens" in said
     assert "warning" not in said
@@ -119,17 +121,19 @@ def test_hf_model_is_what_training_computes(ranks, runs, tmp_path, weights):
     assert AutoTokenizer.from_pretrained(out)("abc")["input_ids"] == [97, 98, 99]
 
 
-@pytest.mark.parametrize("kind", GgufType)
-def test_gguf_file_holds_the_codes_of_training(ranks, runs, tmp_path, kind):
+@pytest.mark.parametrize(
+    ("name", "kind"), [("llama", GgufType.tq2_0), ("llama", GgufType.tq1_0), ("bitnet_cpp", GgufType.i2_s)]
+)
+def test_gguf_file_holds_the_codes_of_training(ranks, runs, tmp_path, name, kind):
     out = tmp_path / "out"
-    said = ranks(1).run(convert, settings(runs, "llama", Target.gguf, out, gguf_type=kind))[0]
+    said = ranks(1).run(convert, settings(runs, name, Target.gguf, out, gguf_type=kind))[0]
     assert "parity with the training forward on 64 tokens" in said
     report = parity(out)
     assert report["codes_different"] == 0
     assert report["largest_difference"] <= 2**-11
     assert report["mean_kl"] <= 1e-3
     file = out / f"model-{kind.value}.gguf"
-    assert len(gguf.GGUFReader(file).tensors) == len(export_shapes(MODELS["llama"]))
+    assert len(GgufReader(file).tensors) == len(export_shapes(MODELS[name]))
 
 
 def test_weights_go_around_and_stay_the_same(ranks, runs, tmp_path):
@@ -224,7 +228,8 @@ def bitmoe_convert(*arguments, cwd):
 def test_command_line(runs, tmp_path):
     done = bitmoe_convert(f"source={runs / 'a48'}", "to=bitmoe", "out=out", "check_tokens=32", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    size, agreement = done.stdout.splitlines()
+    warning, size, agreement = done.stdout.splitlines()
+    assert warning == "warning: trained for 2 of 20 steps, in a8; converted in a48"
     assert size.startswith("out: ")
     assert "parity with the training forward on 32 tokens" in agreement
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

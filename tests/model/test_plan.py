@@ -71,6 +71,7 @@ def test_what_a_model_can_be_converted_to():
     assert "exports | bitmoe | yes" in rows
     assert "hf | yes, as BitNetForCausalLM" in rows
     assert "gguf | model.tie_embeddings=false: " in rows
+    assert "gguf i2_s | model.activation=swiglu: " in rows
     rows = re.sub(r" {2,}", " | ", planned(["experiment=moe_1b_e8k2"], 8)[1])
     assert re.search(r"hf \| moe.num_experts=8: .*; 2 more reasons", rows)
 
