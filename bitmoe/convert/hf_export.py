@@ -17,13 +17,13 @@ import torch
 from bitmoe.config.errors import InputError
 from bitmoe.config.export_targets import refusals
 from bitmoe.config.schema import Config
+from bitmoe.convert.codes import check_finite, is_ternary, ternary_matrix
 from bitmoe.convert.hf_config import CONFIG_FILE, hf_config
-from bitmoe.convert.hf_packing import TERNARY_SUFFIX, pack_rows
+from bitmoe.convert.hf_packing import pack_rows
 from bitmoe.model.export_names import export_shapes, slots
 from bitmoe.train.run_dir import replace_file
 from bitmoe.train.safetensors_shards import write_shards
 from bitmoe.train.weight_source import WeightSource
-from bitmoe_kernels.weight_quant import ternarize
 
 _MAX_SHARD_BYTES = 5 << 30
 # Of the widest dtype, for shards must be known before the first tensor is read.
@@ -82,20 +82,16 @@ def plan_shards(config: Config, max_bytes: int = _MAX_SHARD_BYTES) -> list[list[
 
 def _as_read(source: WeightSource, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
     for name in names:
-        yield name, _finite(name, source.read(name))
+        weight = source.read(name)
+        check_finite(name, weight)
+        yield name, weight
 
 
 def _packed(source: WeightSource, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
     for name, weight in _as_read(source, names):
-        if name.endswith(TERNARY_SUFFIX):
-            codes_OI, scale_1 = ternarize(weight)
+        if is_ternary(name, source.config):
+            codes_OI, scale_1 = ternary_matrix(name, weight, groups=1)
             yield name, pack_rows(codes_OI)
             yield f"{name}_scale", scale_1
         else:
             yield name, weight
-
-
-def _finite(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    if not tensor.isfinite().all():
-        raise InputError(f"{name} holds NaN or infinity", fix="convert an earlier checkpoint")
-    return tensor

@@ -56,7 +56,7 @@ class ShardedWeights:
         """The tokenizer saved with the weights.
 
         Raises:
-            InputError: it is not there (checkpoints before version 0.2 have none), or damaged.
+            InputError: it is not there, as in checkpoints from before they carried it, or damaged.
         """
         if (self.path / KIND_FILE).exists():
             return load_tokenizer(self.path)
