@@ -56,12 +56,12 @@ class BitmoePreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
         """As in transformers, but tensors that are missing or of no use are an error, not a warning.
 
-        Codes that a file stores at 1.6 bits are unpacked to two.
+        Codes that a file stores at 1.6 bits are unpacked to two. Only safetensors are read.
 
         Raises:
             InputError: the folder's tensors are not those of its config.
         """
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs | {"use_safetensors": True})
         for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
             if info[what]:
                 names = ", ".join(sorted(map(str, info[what]))[:5])

@@ -206,3 +206,12 @@ print(*(name for name in sys.modules if name.startswith('bitmoe.')))
     done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
     parts = {name.split(".")[1] for name in done.stdout.split()}
     assert parts == {"config", "infer"}
+
+
+def test_pickles_are_not_read(make_pair, configs, tmp_path):
+    model = make_pair(configs["tied"]).model
+    model.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(OSError, match="model.safetensors"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
