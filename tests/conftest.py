@@ -1,8 +1,9 @@
 """What every test shares: the environment, the pools of ranks, and which tests run in one process.
 
-``make test`` runs two pytest workers. Tests that use the ``ranks`` fixture all go to the same one, so that
-ranks are started once a world size; the other worker takes the rest. A test that starts ranks in another way
-(by a command) joins them with ``@pytest.mark.xdist_group("ranks")``.
+``make test`` runs two pytest workers. Tests that use the ``ranks`` fixture go to one of them, so that ranks are started
+once a world size: those of training to one worker, those of what comes before and after it, which need a single rank
+mostly, to the other, which also takes the rest. A test that starts ranks in another way (by a command) joins them with
+``@pytest.mark.xdist_group("ranks")``.
 """
 
 import os
@@ -21,11 +22,15 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+_MOSTLY_ONE_RANK = ("convert", "infer", "model", "tools")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     for item in items:
         if "ranks" in item.fixturenames:
-            item.add_marker(pytest.mark.xdist_group("ranks"))
+            is_small = item.path.parent.name in _MOSTLY_ONE_RANK
+            item.add_marker(pytest.mark.xdist_group("one rank" if is_small else "ranks"))
 
 
 def pytest_runtest_setup(item):

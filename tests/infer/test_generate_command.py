@@ -52,7 +52,6 @@ def greedy(model, prompt, tokens):
     return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
 
 
-@pytest.mark.xdist_group("ranks")
 def test_a_prompt_of_any_characters_is_continued(model):
     prompt = "def f(x, [y]): # {z} = 'a'"
     done = bitmoe_generate(f"source={model}", "temperature=0", "max_new_tokens=12", "--prompt", prompt)

@@ -35,7 +35,6 @@ def evaluate(*arguments):
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.xdist_group("ranks")
 def test_a_line_for_each_cache(model, tmp_path):
     for name in "ab":
         (tmp_path / f"{name}.txt").write_text("\n".join(f"{name}{i} = f({i % 7})" for i in range(40)))
@@ -50,7 +49,6 @@ def test_a_line_for_each_cache(model, tmp_path):
     assert values[16] != values[3]
 
 
-@pytest.mark.xdist_group("ranks")
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [(["--text", "nowhere.txt"], "cannot read text"), (["--run", "nowhere"], "nowhere is no run")],
