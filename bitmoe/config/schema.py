@@ -34,6 +34,10 @@ class WeightFormat(Enum):
     none = "none"
 
 
+BackwardFormat = Enum("BackwardFormat", {"bf16": "bf16", "8bit": "8bit"}, module=__name__)
+"""What the products of a ternary linear's backward multiply."""
+
+
 class Precision(Enum):
     """Compute and communication dtype; master weights and optimizer state are fp32 in both."""
 
@@ -163,6 +167,9 @@ class QuantConfig:
     groups: int = 1
     """Quantization groups G along the tensor-parallel dimension of every linear; TP and ETP must divide it or
     it is 1."""
+    backward: BackwardFormat = BackwardFormat.bf16
+    """Backward products of ternary linears: bf16 (fp32 with run.precision=fp32) multiplies the gradient as it is; 8bit
+    rounds it to 8 bits for the faster tensor cores. Codes of weights and activations stay exact in both."""
     stages: list[BitStage] = field(default_factory=lambda: [BitStage()])
     """The bit schedule, in order of start."""
 
@@ -319,6 +326,9 @@ class EngineConfig:
     """Reduce gradients while the backward pass runs."""
     overlap_param_gather: bool = False
     """Gather updated parameters while the next forward pass runs; needs overlap_grad_reduce."""
+    cuda_graph: bool = True
+    """Record micro-batches as CUDA graphs, where one GPU holds the whole model and nothing is recomputed or overlapped;
+    other layouts launch kernel by kernel."""
 
 
 @dataclass

@@ -11,7 +11,7 @@ from itertools import pairwise
 from bitmoe.config.errors import InputError
 from bitmoe.config.layout import divisors, layout_problems, query_groups
 from bitmoe.config.ranges import range_problems
-from bitmoe.config.schema import ActFormat, BitStage, Config, Score, Source, TokenizerKind, WeightFormat
+from bitmoe.config.schema import ActFormat, BackwardFormat, BitStage, Config, Score, Source, TokenizerKind, WeightFormat
 
 FORMAT_FIELDS = ("qkv", "o", "gate_up", "down")
 
@@ -83,6 +83,9 @@ def _quant(config: Config) -> Iterator[InputError]:
                 key=f"quant.stages[{i}].start",
             )
     quantized = config.quant.weights is not WeightFormat.none
+    if not quantized and config.quant.backward is not BackwardFormat.bf16:
+        what = f"{config.quant.backward.name} with quant.weights=none: there are no codes to multiply"
+        yield InputError(what, fix="bf16 (the default)", key="quant.backward")
     for i, stage in enumerate(stages):
         for name in FORMAT_FIELDS:
             if quantized != (getattr(stage, name) is not ActFormat.none):

@@ -1,7 +1,7 @@
 """Norms: RMSNorm of the residual stream, and the sub-norm in front of o and down (BitNet's SubLN).
 
-Both compute in fp32 and round to the model's dtype as the training layers do. The sub-norm takes its mean square in
-fp64, per quantization group: there the model promises one value however it is split.
+Both compute in fp32 and round to the model's dtype as the training layers do. Mean squares are taken in fp64, those of
+the sub-norm per quantization group: the model promises one value however it is split.
 """
 
 # Shapes: T = tokens (any leading dims), H = hidden, I = features, G = groups of i = I / G features, E = experts.
@@ -20,7 +20,7 @@ class BitmoeRMSNorm(nn.Module):
 
     def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
         x32_TH = x_TH.float()
-        rstd_T1 = torch.rsqrt(x32_TH.square().mean(-1, keepdim=True) + self.eps)
+        rstd_T1 = torch.rsqrt(x32_TH.square().mean(-1, keepdim=True, dtype=torch.float64) + self.eps).float()
         return (x32_TH * rstd_T1 * self.weight).to(x_TH.dtype)
 
 

@@ -1,22 +1,25 @@
 """BitLinear: linears with ternary weights and quantized inputs, split over tensor-parallel ranks.
 
-Each linear owns its autograd function (quantize, gather, product), because the gather must carry codes and scales
-and not dequantized numbers. Forward: exact integer products, scales after. Backward (straight-through, BitNet a4.8
-section 3): the input's gradient is dY times the dequantized ternary weight, dense and unmasked; the weight's gradient
-is dY^T times the dequantized input; scales get none.
+Inputs come quantized (``quantize_input``); each linear owns the autograd function of its gather, product and sum over
+ranks, because the gather must carry codes and scales and not dequantized numbers. The mathematics of one rank is in
+``code_product``.
 
-With ``quant.weights = none`` the same functions multiply the unquantized input and weight: the bf16 baseline.
+With ``quant.weights = none`` inputs come unquantized: the bf16 baseline (``plain_product``).
 """
 
 import torch
 
-from bitmoe.layers.collectives import gather_first_dim, sum_over_ranks, tree_sum
+from bitmoe.config.schema import Activation
+from bitmoe.layers.activation import gated_activation
+from bitmoe.layers.code_product import gradients, scaled_product
+from bitmoe.layers.collectives import gather_first_dim, sum_over_ranks
 from bitmoe.layers.context import LayerContext
 from bitmoe.layers.norm import SubNorm
-from bitmoe.layers.quantize_input import quantize_grouped, quantize_whole_rows
+from bitmoe.layers.plain_product import PlainColumnProduct, PlainRowProduct
+from bitmoe.layers.quantize_input import Quantized, activate_groups, normalize_groups, quantize_groups, quantize_rows
 from bitmoe.layers.sharding import ShardedParameters, mark_tensor_parallel
 from bitmoe.quant.policy import split_groups
-from bitmoe.quant.ternary_codes import CodeCache, ternarize_columns, ternarize_rows
+from bitmoe.quant.ternary_codes import CodeCache, absmean_columns, absmean_rows
 from bitmoe_kernels.ternary_gemm import code_matmul
 
 # Shapes: S = sequence, B = batch, T = tokens (S*B), H = hidden, O = output rows on this rank,
@@ -42,7 +45,7 @@ class ColumnBitLinear(torch.nn.Module, ShardedParameters):
         self.cut_dim, self.sequence_parallel = cut_dim, context.sequence_parallel
         self.weight = context.parameter(*shape)
         mark_tensor_parallel(self.weight, cut_dim)
-        self.cache = CodeCache(self.policy, role, self._ternarize)
+        self.cache = CodeCache(self.policy, role, self._with_scales)
         num_groups, is_shared = split_groups(self.policy.groups, self.groups.tp.size())
         self.reduce_group = self.groups.tp if is_shared else None
         self.scale_ids_O = group_ids(projection_O, num_groups).to(context.device)
@@ -52,15 +55,17 @@ class ColumnBitLinear(torch.nn.Module, ShardedParameters):
         """The weight is split along its output rows."""
         return {"weight": ((self.cut_dim, self.groups.tp),)}
 
-    def _ternarize(self):
-        return ternarize_rows(self.weight.flatten(0, -2), self.scale_ids_O, self.num_scales, self.reduce_group)
+    def _with_scales(self):
+        return absmean_rows(self.weight.flatten(0, -2), self.scale_ids_O, self.num_scales, self.reduce_group)
 
-    def forward(self, x_SBH: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_SBH: Quantized | torch.Tensor) -> torch.Tensor:
         """Multiply [S, B, H] (or this rank's [S/tp, B, H] under sequence parallelism) into [S, B, O]."""
-        codes, scale = self.cache.get() if self.policy.is_ternary else (None, None)
-        return _ColumnProduct.apply(
-            x_SBH, self.weight, codes, scale, self.role, self.policy, self.groups.tp, self.sequence_parallel
-        )
+        if not self.policy.is_ternary:
+            return PlainColumnProduct.apply(x_SBH, self.weight.flatten(0, -2), self.groups.tp, self.sequence_parallel)
+        if isinstance(x_SBH, torch.Tensor):
+            x_SBH = quantize_rows(x_SBH, self.role, self.policy)
+        operands = self.cache.operands(x_SBH.codes_TD.dtype, self.policy.is_backward_8bit)
+        return _ColumnProduct.apply(*x_SBH, self.weight, operands, self.groups.tp, self.sequence_parallel)
 
 
 def group_ids(projection_O: torch.Tensor, num_groups: int) -> torch.Tensor:
@@ -73,43 +78,33 @@ def group_ids(projection_O: torch.Tensor, num_groups: int) -> torch.Tensor:
 
 
 class _ColumnProduct(torch.autograd.Function):
-    """Quantize where the token lives, gather codes and scales, multiply; the backward gathers the codes again."""
+    """Gather codes and scales, multiply; the backward gathers the codes again."""
 
     @staticmethod
-    def forward(ctx, x_SBH, weight, w_codes_OH, w_scale_O, role, policy, group, sequence_parallel):
-        ctx.group, ctx.sequence_parallel = group, sequence_parallel
-        if w_codes_OH is None:
-            ctx.save_for_backward(x_SBH, None, weight, None)
-            return _gathered(ctx, x_SBH) @ weight.flatten(0, -2).T
-        codes_SBH, scale_SB1 = quantize_whole_rows(x_SBH, role, policy)
-        ctx.save_for_backward(codes_SBH, scale_SB1, w_codes_OH, w_scale_O)
+    def forward(ctx, carrier_SBH, codes_SBH, scale_SB1, weight, operands, group, sequence_parallel):
+        ctx.group, ctx.sequence_parallel, ctx.operands = group, sequence_parallel, operands
         ctx.weight_shape = weight.shape
-        sums_TO = code_matmul(_gathered(ctx, codes_SBH).flatten(0, -2), w_codes_OH)
-        scale_SB1 = _gathered(ctx, scale_SB1)
-        y_TO = sums_TO.to(scale_SB1.dtype) * scale_SB1.flatten(0, -2) * w_scale_O
-        return y_TO.view(*scale_SB1.shape[:-1], -1).to(x_SBH.dtype)
+        ctx.save_for_backward(codes_SBH, scale_SB1)
+        codes_SBH, scale_SB1 = _gathered(ctx, codes_SBH), _gathered(ctx, scale_SB1)
+        y_TO = scaled_product(codes_SBH.flatten(0, -2), scale_SB1.flatten(0, -2), operands, carrier_SBH.dtype)
+        return y_TO.view(*scale_SB1.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, grad_SBO):
-        x_SBH, scale_SB1, weight, w_scale_O = ctx.saved_tensors
-        weight_shape = weight.shape if scale_SB1 is None else ctx.weight_shape
-        w_OH = weight.flatten(0, -2).to(grad_SBO.dtype)
-        grad_x_SBH = (grad_SBO if w_scale_O is None else _scaled(grad_SBO, w_scale_O)) @ w_OH
+        codes_TH, scale_T1 = (_gathered(ctx, saved).flatten(0, -2) for saved in ctx.saved_tensors)
+        grad_x_TH, grad_weight = gradients(grad_SBO.flatten(0, -2), codes_TH, scale_T1, ctx.operands, is_column=True)
+        grad_x_SBH = grad_x_TH.view(*grad_SBO.shape[:-1], -1)
         grad_x_SBH = sum_over_ranks(grad_x_SBH, ctx.group, scatter=ctx.sequence_parallel)
-        if scale_SB1 is not None:
-            grad_SBO = _scaled(grad_SBO, _gathered(ctx, scale_SB1))
-        x_TH = _gathered(ctx, x_SBH).flatten(0, -2).to(grad_SBO.dtype)
-        grad_weight = grad_SBO.flatten(0, -2).T @ x_TH
-        return grad_x_SBH, grad_weight.view(weight_shape), *[None] * 6
+        return grad_x_SBH, None, None, grad_weight.view(ctx.weight_shape), *[None] * 3
 
 
 def _gathered(ctx, x_SB: torch.Tensor) -> torch.Tensor:
-    return gather_first_dim(x_SB, ctx.group) if ctx.sequence_parallel else x_SB
-
-
-def _scaled(grad: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """grad * scale in fp32 (fp64 for fp64), rounded once."""
-    return (grad * scale).to(grad.dtype)
+    if not ctx.sequence_parallel:
+        return x_SB
+    if x_SB.dtype == torch.float8_e4m3fn:
+        # Collectives carry bytes; not all of them know float8.
+        return gather_first_dim(x_SB.view(torch.int8), ctx.group).view(x_SB.dtype)
+    return gather_first_dim(x_SB, ctx.group)
 
 
 class RowBitLinear(torch.nn.Module, ShardedParameters):
@@ -120,16 +115,24 @@ class RowBitLinear(torch.nn.Module, ShardedParameters):
         num_inputs: input features on this rank (F).
         role: o or down.
         context: model, policy and groups.
+        activation: applied to the input first, which then has gate and up side by side (2F); None for o.
     """
 
-    def __init__(self, num_outputs: int, num_inputs: int, role: str, context: LayerContext):
+    def __init__(
+        self,
+        num_outputs: int,
+        num_inputs: int,
+        role: str,
+        context: LayerContext,
+        activation: Activation | None = None,
+    ):
         super().__init__()
         self.groups, self.policy, self.role = context.groups, context.policy, role
-        self.sequence_parallel = context.sequence_parallel
+        self.sequence_parallel, self.activation = context.sequence_parallel, activation
         self.sub_norm = SubNorm(num_inputs, context) if context.model.sub_norm else None
         self.weight = context.parameter(num_outputs, num_inputs)
         mark_tensor_parallel(self.weight, dim=1)
-        self.cache = CodeCache(self.policy, role, self._ternarize)
+        self.cache = CodeCache(self.policy, role, self._with_scales)
         self.num_groups, is_shared = split_groups(self.policy.groups, self.groups.tp.size())
         self.reduce_group = self.groups.tp if is_shared else None
 
@@ -137,82 +140,66 @@ class RowBitLinear(torch.nn.Module, ShardedParameters):
         """The weight is split along its input columns."""
         return {"weight": ((1, self.groups.tp),)}
 
-    def _ternarize(self):
-        return ternarize_columns(self.weight, self.num_groups, self.reduce_group)
+    def _with_scales(self):
+        return absmean_columns(self.weight, self.num_groups, self.reduce_group)
 
     def forward(self, x_SBF: torch.Tensor) -> torch.Tensor:
-        """Multiply features [S, B, F], add over ranks: [S, B, H], or [S/tp, B, H] (sequence parallel)."""
-        if self.sub_norm is not None:
-            x_SBF = self.sub_norm(x_SBF)
-        codes, scale = self.cache.get() if self.policy.is_ternary else (None, None)
+        """Multiply features [S, B, F] (or 2F), add over ranks: [S, B, H], or [S/tp, B, H] (sequence parallel)."""
+        group, is_scattered, deterministic = self.groups.tp, self.sequence_parallel, self.policy.deterministic
+        if not self.policy.is_ternary:
+            x_SBF = self._normalized(x_SBF)
+            return PlainRowProduct.apply(x_SBF, self.weight, group, is_scattered, deterministic)
+        operands = self.cache.operands(torch.int8, self.policy.is_backward_8bit)
         return _RowProduct.apply(
-            x_SBF,
-            self.weight,
-            codes,
-            scale,
-            self.role,
-            self.policy,
-            self.groups.tp,
-            self.reduce_group,
-            self.sequence_parallel,
+            *self._quantized(x_SBF), self.weight, operands, group, self.reduce_group, is_scattered, deterministic
         )
+
+    def _normalized(self, x_SBF: torch.Tensor) -> torch.Tensor:
+        """Activation and sub-norm, where there are such."""
+        x_SBF = self._activated(x_SBF)
+        return x_SBF if self.sub_norm is None else self.sub_norm(x_SBF)
+
+    def _activated(self, x_SBF: torch.Tensor) -> torch.Tensor:
+        return x_SBF if self.activation is None else gated_activation(self.activation, x_SBF)
+
+    def _quantized(self, x_SBF: torch.Tensor) -> Quantized:
+        """The same and quantization, in one kernel where this rank holds whole groups."""
+        where = (self.role, self.policy, self.num_groups)
+        if self.reduce_group is not None:
+            return quantize_groups(self._normalized(x_SBF), *where, self.reduce_group)
+        norm = self.sub_norm
+        gain, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+        if self.activation is Activation.relu2_glu:
+            return activate_groups(x_SBF, gain, eps, *where)
+        x_SBF = self._activated(x_SBF)
+        return quantize_groups(x_SBF, *where, None) if norm is None else normalize_groups(x_SBF, gain, eps, *where)
 
 
 class _RowProduct(torch.autograd.Function):
-    """Quantize this rank's groups, multiply, add over ranks. One group over all ranks: add integers, scale after."""
+    """Multiply this rank's groups, add over ranks. One group over all ranks: add integers, scale after."""
 
     @staticmethod
-    def forward(ctx, x_SBF, weight, w_codes_HF, w_scale_G, role, policy, group, reduce_group, sequence_parallel):
-        ctx.group, ctx.sequence_parallel, lead = group, sequence_parallel, x_SBF.shape[:-1]
-        reduce = {"scatter": sequence_parallel, "deterministic": policy.deterministic}
-        if w_codes_HF is None:
-            ctx.save_for_backward(x_SBF, None, weight, None)
-            return sum_over_ranks(x_SBF @ weight.T, group, **reduce)
-        codes_TF, scale_TG = quantize_grouped(x_SBF.flatten(0, -2), role, policy, w_scale_G.shape[0], reduce_group)
-        ctx.save_for_backward(codes_TF, scale_TG, w_codes_HF, w_scale_G)
+    def forward(
+        ctx, carrier_SBF, codes_SBF, scale_SBG, weight, operands, group, reduce_group, sequence_parallel, deterministic
+    ):
+        ctx.group, ctx.sequence_parallel, ctx.operands = group, sequence_parallel, operands
+        ctx.save_for_backward(codes_SBF, scale_SBG)
+        lead, dtype = carrier_SBF.shape[:-1], carrier_SBF.dtype
+        codes_TF = codes_SBF.flatten(0, -2)
         if reduce_group is None:
-            y_TH = group_products(codes_TF, w_codes_HF, scale_TG, w_scale_G)
-            wire = y_TH.dtype if policy.deterministic else x_SBF.dtype
-            return sum_over_ranks(y_TH.view(*lead, -1).to(wire), group, **reduce).to(x_SBF.dtype)
-        sums_SBH = sum_over_ranks(code_matmul(codes_TF, w_codes_HF).view(*lead, -1), group, scatter=sequence_parallel)
-        scale_SB1 = scale_TG.view(*lead, 1)
-        if sequence_parallel:
-            scale_SB1 = scale_SB1.chunk(group.size())[group.rank()]
-        return (sums_SBH.to(scale_SB1.dtype) * scale_SB1 * w_scale_G).to(x_SBF.dtype)
+            wire = scale_SBG.dtype if deterministic else dtype
+            y_TH = scaled_product(codes_TF, scale_SBG.flatten(0, -2), operands, wire)
+            y_SBH = y_TH.view(*lead, -1)
+            return sum_over_ranks(y_SBH, group, scatter=sequence_parallel, deterministic=deterministic).to(dtype)
+        sums_SBH = code_matmul(codes_TF, operands.rows).view(*lead, -1)
+        sums_SBH = sum_over_ranks(sums_SBH, group, scatter=sequence_parallel)
+        scale_SB1 = scale_SBG.chunk(group.size())[group.rank()] if sequence_parallel else scale_SBG
+        return (sums_SBH.to(scale_SB1.dtype) * scale_SB1 * operands.scale).to(dtype)
 
     @staticmethod
     def backward(ctx, grad_SBH):
-        x, scale_TG, weight, w_scale_G = ctx.saved_tensors
+        codes_TF, scale_TG = (saved.flatten(0, -2) for saved in ctx.saved_tensors)
         if ctx.sequence_parallel:
             grad_SBH = gather_first_dim(grad_SBH, ctx.group)
-        grad_TH, w_HF = grad_SBH.flatten(0, -2), weight.to(grad_SBH.dtype)
-        grad_x_TF = grad_TH @ w_HF
-        if scale_TG is None:
-            grad_weight = grad_TH.T @ x.flatten(0, -2)
-        else:
-            grad_x_TF = _scaled(grad_x_TF.unflatten(-1, (len(w_scale_G), -1)), w_scale_G[:, None]).flatten(-2)
-            grad_weight = group_outer(grad_TH, x, scale_TG)
-        return grad_x_TF.view(*grad_SBH.shape[:-1], -1), grad_weight, *[None] * 7
-
-
-def group_products(
-    codes_TF: torch.Tensor, w_codes_HF: torch.Tensor, scale_TG: torch.Tensor, w_scale_G: torch.Tensor
-) -> torch.Tensor:
-    """Product whose contracted features lie in G groups with their own scales, added as a tree: [T, H]."""
-    num_groups = len(w_scale_G)
-    codes, w_codes = codes_TF.chunk(num_groups, 1), w_codes_HF.chunk(num_groups, 1)
-
-    def part(group: int) -> torch.Tensor:
-        sums_TH = code_matmul(codes[group], w_codes[group]).to(scale_TG.dtype)
-        return sums_TH * scale_TG[:, group, None] * w_scale_G[group]
-
-    return tree_sum(part, num_groups)
-
-
-def group_outer(grad_TH: torch.Tensor, codes_TF: torch.Tensor, scale_TG: torch.Tensor) -> torch.Tensor:
-    """Weight gradient [H, F] of ``group_products``: each group's token scale is folded into dY."""
-    parts = [
-        _scaled(grad_TH, scale_T1).T @ codes.to(grad_TH.dtype)
-        for scale_T1, codes in zip(scale_TG.split(1, 1), codes_TF.chunk(scale_TG.shape[1], 1), strict=True)
-    ]
-    return torch.cat(parts, dim=1)
+        grad_TF, grad_weight = gradients(grad_SBH.flatten(0, -2), codes_TF, scale_TG, ctx.operands, is_column=False)
+        return grad_TF.view(*grad_SBH.shape[:-1], -1), None, None, grad_weight, *[None] * 5

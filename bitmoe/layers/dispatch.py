@@ -6,7 +6,8 @@ exactly those codes. Probabilities stay at home and multiply what comes back: ap
 cancel and the router would not learn.
 
 A dispatcher keeps the splits of its last call in itself; ``Dispatch`` copies it per forward, so that several
-micro-batches can be in flight (pipelines) and the backward pass uses the splits of its own forward.
+micro-batches can be in flight (pipelines) and the backward pass uses the splits of its own forward. It waits for the
+GPU to learn them; where there is nothing to exchange, ``make_dispatch`` takes ``LocalDispatch``, which does not.
 """
 
 import copy
@@ -14,6 +15,8 @@ import copy
 import torch
 from megatron.core.transformer.moe.moe_utils import unpermute
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+
+from bitmoe.layers.local_dispatch import LocalDispatch
 
 # Shapes: T = tokens of this rank, E = experts, R = rows (token copies) on the experts' rank, H = hidden.
 
@@ -29,7 +32,8 @@ class Dispatch:
     def __init__(self, dispatcher: MoEAlltoAllTokenDispatcher, routing_map_TE: torch.Tensor):
         self._dispatcher = copy.copy(dispatcher)
         self._routing_map_TE = routing_map_TE
-        self.counts_E: torch.Tensor | None = None
+        self.ends_E: torch.Tensor | None = None
+        self.expert_R: torch.Tensor | None = None
 
     @torch.no_grad()
     def send(self, x_TH: torch.Tensor, scale_T1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -40,15 +44,25 @@ class Dispatch:
             scale_T1: one number that travels with each token, [T, 1].
 
         Returns:
-            rows [R, H] and their scales [R, 1]; ``counts_E`` then holds the rows of each local expert.
+            rows [R, H] and their scales [R, 1]. On their device are then ``ends_E`` (int32 [E], rows of this local
+            expert and of those in front of it) and ``expert_R`` (int32 [R], the local expert of each row).
         """
         dispatcher = self._dispatcher
         scale_TE = scale_T1.expand_as(self._routing_map_TE)
-        rows, scales = dispatcher.dispatch_preprocess(x_TH, self._routing_map_TE, scale_TE)
+        # Not all collectives and copies know e4m3: its bytes travel as int8.
+        plain_TH = x_TH.view(torch.int8) if x_TH.dtype == torch.float8_e4m3fn else x_TH
+        rows, scales = dispatcher.dispatch_preprocess(plain_TH, self._routing_map_TE, scale_TE)
         rows, scales = dispatcher.token_dispatch(rows, scales)
         rows_RH, counts_E, scale_R = dispatcher.dispatch_postprocess(rows, scales)
-        self.counts_E = torch.as_tensor(counts_E).cpu()
-        return rows_RH, scale_R.unsqueeze(-1)
+        self._set_experts(torch.as_tensor(counts_E), rows_RH)
+        return rows_RH.view(x_TH.dtype), scale_R.unsqueeze(-1)
+
+    def _set_experts(self, counts_E: torch.Tensor, rows_RH: torch.Tensor) -> None:
+        """Keep which rows are which local expert's."""
+        counts_E = counts_E.to(rows_RH.device)
+        self.ends_E = counts_E.cumsum(0, dtype=torch.int32)
+        experts_E = torch.arange(len(counts_E), dtype=torch.int32, device=rows_RH.device)
+        self.expert_R = experts_E.repeat_interleave(counts_E, output_size=len(rows_RH))
 
     @torch.no_grad()
     def send_back(self, grad_RH: torch.Tensor) -> torch.Tensor:
@@ -72,3 +86,16 @@ class Dispatch:
             probs=probs_TE,
             routing_map=self._routing_map_TE,
         )
+
+
+def make_dispatch(dispatcher: MoEAlltoAllTokenDispatcher, routing_map_TE: torch.Tensor) -> Dispatch | LocalDispatch:
+    """The trip that serves a layer: local where every expert is whole on this rank and no token is dropped.
+
+    Args:
+        dispatcher: the layer's dispatcher, which knows its groups and its configuration.
+        routing_map_TE: which experts each token goes to, bool [T, E].
+    """
+    is_whole = dispatcher.ep_size == dispatcher.tp_size == 1
+    if is_whole and dispatcher.config.moe_expert_capacity_factor is None:
+        return LocalDispatch(routing_map_TE, dispatcher.config.moe_router_topk)
+    return Dispatch(dispatcher, routing_map_TE)

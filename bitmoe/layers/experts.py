@@ -1,23 +1,25 @@
 """Routed experts: ternary gated FFNs with scales of their own, multiplied as grouped products.
 
-Quantization and dispatch are one autograd function with the first product: a token is quantized once, where it
-lives; codes travel; the backward pass brings bf16 (or fp32) gradients home. Expert parallelism cuts whole experts over
+Dispatch is one autograd function with the first product: a token is quantized once, where it lives; codes travel; the
+backward pass brings bf16 (or fp32) gradients home. Expert parallelism cuts whole experts over
 ranks, expert tensor parallelism the inner features of each.
 """
 
 import torch
 import torch.distributed as dist
 
+from bitmoe.config.schema import Activation
+from bitmoe.layers.activation import gated_activation
 from bitmoe.layers.bit_linear import group_ids
-from bitmoe.layers.collectives import tree_sum
 from bitmoe.layers.context import LayerContext
 from bitmoe.layers.dispatch import Dispatch
-from bitmoe.layers.feed_forward import gated_activation
+from bitmoe.layers.grouped_code_product import grouped_gradients, grouped_scaled_product
+from bitmoe.layers.local_dispatch import LocalDispatch
 from bitmoe.layers.norm import sub_norm
-from bitmoe.layers.quantize_input import quantize_grouped, quantize_whole_rows
+from bitmoe.layers.quantize_input import Quantized, activate_groups, quantize_groups, quantize_rows
 from bitmoe.layers.sharding import ShardedParameters, mark_expert
-from bitmoe.quant.policy import QuantPolicy, split_groups
-from bitmoe.quant.ternary_codes import CodeCache, ternarize_columns, ternarize_rows
+from bitmoe.quant.policy import split_groups
+from bitmoe.quant.ternary_codes import CodeCache, absmean_columns, absmean_rows
 from bitmoe_kernels.grouped_ternary_gemm import grouped_code_matmul, grouped_matmul, grouped_outer
 
 # Shapes: T = tokens of this rank, R = rows (token copies) sorted by local expert, E = local experts, H = hidden,
@@ -49,11 +51,10 @@ class RoutedExperts(torch.nn.Module, ShardedParameters):
             mark_expert(parameter, dim=0)
         self.num_groups, is_shared = split_groups(self.policy.groups, self.groups.etp.size())
         self.reduce_group = self.groups.etp if is_shared else None
-        projection_O = torch.arange(num_experts * 2).repeat_interleave(num_features)
+        projection_O = torch.arange(2).repeat_interleave(num_features)
         self.scale_ids_O = group_ids(projection_O, self.num_groups).to(context.device)
-        self.num_scales = num_experts * 2 * self.num_groups
-        self.fc1_cache = CodeCache(self.policy, "gate_up", self._ternarize_fc1)
-        self.fc2_cache = CodeCache(self.policy, "down", self._ternarize_fc2)
+        self.fc1_cache = CodeCache(self.policy, "gate_up", self._fc1_with_scales)
+        self.fc2_cache = CodeCache(self.policy, "down", self._fc2_with_scales)
 
     def cuts(self) -> dict:
         """Experts are split over ep, inner features over etp."""
@@ -64,137 +65,151 @@ class RoutedExperts(torch.nn.Module, ShardedParameters):
             "sub_norm_weight": ((0, ep), (1, etp)),
         }
 
-    def _ternarize_fc1(self):
-        w_OH = self.fc1_weight.flatten(0, 2)
-        codes_OH, scale_O = ternarize_rows(w_OH, self.scale_ids_O, self.num_scales, self.reduce_group)
-        num_experts = len(self.fc1_weight)
-        return codes_OH.unflatten(0, (num_experts, -1)), scale_O.unflatten(0, (num_experts, -1))
+    def _fc1_with_scales(self):
+        return absmean_rows(self.fc1_weight.flatten(1, 2), self.scale_ids_O, 2 * self.num_groups, self.reduce_group)
 
-    def _ternarize_fc2(self):
-        return ternarize_columns(self.fc2_weight, self.num_groups, self.reduce_group)
+    def _fc2_with_scales(self):
+        return absmean_columns(self.fc2_weight, self.num_groups, self.reduce_group)
 
-    def forward(self, x_TH: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
+    def forward(self, x_TH: Quantized | torch.Tensor, dispatch: Dispatch | LocalDispatch) -> torch.Tensor:
         """Send this rank's tokens to their experts and compute there.
 
         Args:
-            x_TH: normalized tokens of this rank, [T, H].
+            x_TH: normalized tokens of this rank, [T, H], quantized if weights are.
             dispatch: the trip to take.
 
         Returns:
             Outputs on the experts' ranks, [R, H], partial over etp; ``dispatch.combine`` brings them home.
         """
-        is_ternary = self.policy.is_ternary
-        codes, scale = self.fc1_cache.get() if is_ternary else (None, None)
-        gate_up = _DispatchedProduct.apply(x_TH, self.fc1_weight, codes, scale, self.policy, dispatch)
+        if not self.policy.is_ternary:
+            gate_up = _PlainDispatchedProduct.apply(x_TH, self.fc1_weight.flatten(1, 2), dispatch)
+            return _PlainExpertProduct.apply(self._normalized(gate_up, dispatch), self.fc2_weight, dispatch.ends_E)
+        policy = self.policy
+        if isinstance(x_TH, torch.Tensor):
+            x_TH = quantize_rows(x_TH, "gate_up", policy)
+        operands = self.fc1_cache.operands(x_TH.codes_TD.dtype, policy.is_backward_8bit)
+        gate_up = _DispatchedProduct.apply(*x_TH, self.fc1_weight, operands, dispatch)
+        operands = self.fc2_cache.operands(torch.int8, policy.is_backward_8bit)
+        return _ExpertProduct.apply(
+            *self._quantized(gate_up, dispatch),
+            self.fc2_weight,
+            operands,
+            dispatch,
+            self.reduce_group,
+        )
+
+    def _normalized(self, gate_up: torch.Tensor, dispatch: Dispatch | LocalDispatch) -> torch.Tensor:
+        """Activation and sub-norm, where there is one."""
         x_RF = gated_activation(self.activation, gate_up)
-        counts_E = dispatch.counts_E
-        if self.sub_norm_weight is not None:
-            gain_RF = _RepeatedGain.apply(self.sub_norm_weight, counts_E, len(x_RF))
-            x_RF = sub_norm(x_RF, gain_RF, self.eps, self.num_groups, self.reduce_group)
-        codes, scale = self.fc2_cache.get() if is_ternary else (None, None)
-        return _ExpertRowProduct.apply(x_RF, self.fc2_weight, codes, scale, self.policy, counts_E, self.reduce_group)
+        if self.sub_norm_weight is None:
+            return x_RF
+        gain_RF = _RepeatedGain.apply(self.sub_norm_weight, dispatch.expert_R)
+        return sub_norm(x_RF, gain_RF, self.eps, self.num_groups, self.reduce_group)
 
-
-def _per_row(scale_E: torch.Tensor, counts_E: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """Repeat each expert's [E, ...] entry for its rows: [R, ...]."""
-    return scale_E.repeat_interleave(counts_E.to(scale_E.device), dim=0, output_size=num_rows)
+    def _quantized(self, gate_up: torch.Tensor, dispatch: Dispatch | LocalDispatch) -> Quantized:
+        """The same and quantization, in one kernel where this rank holds whole groups."""
+        where = ("down", self.policy, self.num_groups)
+        if self.activation is Activation.relu2_glu and self.reduce_group is None:
+            return activate_groups(gate_up, self.sub_norm_weight, self.eps, *where, dispatch.expert_R)
+        return quantize_groups(self._normalized(gate_up, dispatch), *where, self.reduce_group)
 
 
 class _RepeatedGain(torch.autograd.Function):
     """Each expert's gain for each of its rows; its gradient is added up over the rows in fp32."""
 
     @staticmethod
-    def forward(ctx, gain_EF, counts_E, num_rows):
-        ctx.counts_E = counts_E
-        return _per_row(gain_EF, counts_E, num_rows)
+    def forward(ctx, gain_EF, expert_R):
+        ctx.num_experts = len(gain_EF)
+        ctx.save_for_backward(expert_R)
+        return gain_EF[expert_R]
 
     @staticmethod
     def backward(ctx, grad_RF):
-        counts_E = ctx.counts_E.to(grad_RF.device)
-        expert_R = _per_row(torch.arange(len(counts_E), device=grad_RF.device), counts_E, len(grad_RF))
+        (expert_R,) = ctx.saved_tensors
         dtype = torch.promote_types(grad_RF.dtype, torch.float32)
-        grad_EF = torch.zeros(len(counts_E), grad_RF.shape[1], dtype=dtype, device=grad_RF.device)
-        return grad_EF.index_add_(0, expert_R, grad_RF.to(dtype)).to(grad_RF.dtype), None, None
+        grad_EF = torch.zeros(ctx.num_experts, grad_RF.shape[1], dtype=dtype, device=grad_RF.device)
+        return grad_EF.index_add_(0, expert_R, grad_RF.to(dtype)).to(grad_RF.dtype), None
 
 
-def _sum_dtype(x: torch.Tensor) -> torch.dtype:
-    """bf16 models on GPUs round sums of codes once to bf16 (torch's grouped kernel); others keep them exact in fp32."""
-    return torch.bfloat16 if x.is_cuda and x.dtype == torch.bfloat16 else torch.float32
-
-
-class _DispatchedProduct(torch.autograd.Function):
-    """Quantize at home, dispatch codes, multiply by gate and up; gradients come home along the same way."""
+class _PlainDispatchedProduct(torch.autograd.Function):
+    """Dispatch, multiply by gate and up; gradients come home along the same way. Unquantized."""
 
     @staticmethod
-    def forward(ctx, x_TH, weight, w_codes_EOH, w_scale_EO, policy: QuantPolicy, dispatch: Dispatch):
-        ctx.dispatch, ctx.weight_shape = dispatch, weight.shape
-        if w_codes_EOH is None:
-            rows_RH, _ = dispatch.send(x_TH, torch.ones_like(x_TH[:, :1], dtype=torch.float32))
-            w_EOH = weight.flatten(1, 2)
-            ctx.save_for_backward(rows_RH, None, w_EOH, None)
-            return grouped_matmul(rows_RH, w_EOH.transpose(1, 2), dispatch.counts_E)
-        codes_TH, scale_T1 = quantize_whole_rows(x_TH, "gate_up", policy)
-        codes_RH, scale_R1 = dispatch.send(codes_TH, scale_T1)
-        ctx.save_for_backward(codes_RH, scale_R1, w_codes_EOH, w_scale_EO)
-        sums_RO = grouped_code_matmul(codes_RH, w_codes_EOH, dispatch.counts_E, _sum_dtype(x_TH))
-        w_scale_RO = _per_row(w_scale_EO, dispatch.counts_E, len(codes_RH))
-        return (sums_RO.to(scale_R1.dtype) * scale_R1 * w_scale_RO).to(x_TH.dtype)
+    def forward(ctx, x_TH, w_EOH, dispatch):
+        rows_RH, _ = dispatch.send(x_TH, torch.ones_like(x_TH[:, :1], dtype=torch.float32))
+        ctx.dispatch = dispatch
+        ctx.save_for_backward(rows_RH, w_EOH)
+        return grouped_matmul(rows_RH, w_EOH.transpose(1, 2), dispatch.ends_E)
 
     @staticmethod
     def backward(ctx, grad_RO):
-        rows_RH, scale_R1, w_EOH, w_scale_EO = ctx.saved_tensors
-        counts_E, dtype = ctx.dispatch.counts_E, grad_RO.dtype
-        grad_scaled = grad_RO
-        if w_scale_EO is not None:
-            grad_scaled = (grad_RO * _per_row(w_scale_EO, counts_E, len(grad_RO))).to(dtype)
-            grad_RO = (grad_RO * scale_R1).to(dtype)
-        grad_RH = grouped_matmul(grad_scaled, w_EOH.to(dtype), counts_E)
-        grad_weight = grouped_outer(grad_RO.contiguous(), rows_RH.to(dtype), counts_E)
-        return ctx.dispatch.send_back(grad_RH), grad_weight.view(ctx.weight_shape), *[None] * 4
+        rows_RH, w_EOH = ctx.saved_tensors
+        ends_E, grad_RO = ctx.dispatch.ends_E, grad_RO.contiguous()
+        grad_TH = ctx.dispatch.send_back(grouped_matmul(grad_RO, w_EOH, ends_E))
+        return grad_TH, grouped_outer(grad_RO, rows_RH, ends_E), None
 
 
-class _ExpertRowProduct(torch.autograd.Function):
-    """Quantize the inner features group by group and multiply by down; partial sums over etp."""
+class _PlainExpertProduct(torch.autograd.Function):
+    """Multiply each expert's rows by its down projection; partial over etp. Unquantized."""
 
     @staticmethod
-    def forward(ctx, x_RF, weight, w_codes_EHF, w_scale_EG, policy, counts_E, reduce_group: dist.ProcessGroup | None):
-        ctx.counts_E = counts_E
-        if w_codes_EHF is None:
-            ctx.save_for_backward(x_RF, None, weight, None)
-            return grouped_matmul(x_RF, weight.transpose(1, 2), counts_E)
-        num_groups = w_scale_EG.shape[1]
-        codes_RF, scale_RG = quantize_grouped(x_RF, "down", policy, num_groups, reduce_group)
-        ctx.save_for_backward(codes_RF, scale_RG, w_codes_EHF, w_scale_EG)
-        w_scale_RG = _per_row(w_scale_EG, counts_E, len(codes_RF))
-        codes, w_codes = codes_RF.chunk(num_groups, 1), w_codes_EHF.chunk(num_groups, 2)
-
-        def part(group: int) -> torch.Tensor:
-            dtype = _sum_dtype(x_RF) if reduce_group is None else torch.float32
-            sums_RH = grouped_code_matmul(codes[group], w_codes[group], counts_E, dtype)
-            if reduce_group is not None:
-                # One group over all etp ranks: add integers before scaling, and hand the sum on from one rank only.
-                dist.all_reduce(sums_RH, group=reduce_group)
-                sums_RH = sums_RH if reduce_group.rank() == 0 else torch.zeros_like(sums_RH)
-            return sums_RH.to(scale_RG.dtype) * scale_RG[:, group, None] * w_scale_RG[:, group, None]
-
-        return tree_sum(part, num_groups).to(x_RF.dtype)
+    def forward(ctx, x_RF, w_EHF, ends_E):
+        ctx.save_for_backward(x_RF, w_EHF, ends_E)
+        return grouped_matmul(x_RF, w_EHF.transpose(1, 2), ends_E)
 
     @staticmethod
     def backward(ctx, grad_RH):
-        x_RF, scale_RG, w_EHF, w_scale_EG = ctx.saved_tensors
-        counts_E, dtype = ctx.counts_E, grad_RH.dtype
+        x_RF, w_EHF, ends_E = ctx.saved_tensors
         grad_RH = grad_RH.contiguous()
-        grad_RF = grouped_matmul(grad_RH, w_EHF.to(dtype), counts_E)
-        if scale_RG is None:
-            return grad_RF, grouped_outer(grad_RH, x_RF, counts_E), *[None] * 5
-        num_groups = scale_RG.shape[1]
-        w_scale_RG = _per_row(w_scale_EG, counts_E, len(grad_RF))
-        grad_RF = (grad_RF.unflatten(1, (num_groups, -1)) * w_scale_RG[:, :, None]).to(dtype).flatten(1)
-        grad_weight = torch.cat(
-            [
-                grouped_outer((grad_RH * scale_R1).to(dtype), codes.to(dtype), counts_E)
-                for scale_R1, codes in zip(scale_RG.split(1, 1), x_RF.chunk(num_groups, 1), strict=True)
-            ],
-            dim=2,
-        )
-        return grad_RF, grad_weight, *[None] * 5
+        return grouped_matmul(grad_RH, w_EHF, ends_E), grouped_outer(grad_RH, x_RF, ends_E), None
+
+
+class _DispatchedProduct(torch.autograd.Function):
+    """Dispatch codes, multiply by gate and up; gradients come home along the same way."""
+
+    @staticmethod
+    def forward(ctx, carrier_TH, codes_TH, scale_T1, weight, operands, dispatch):
+        ctx.dispatch, ctx.operands, ctx.weight_shape = dispatch, operands, weight.shape
+        codes_RH, scale_R1 = dispatch.send(codes_TH, scale_T1)
+        ctx.save_for_backward(codes_RH, scale_R1)
+        where = (dispatch.ends_E, dispatch.expert_R)
+        return grouped_scaled_product(codes_RH, scale_R1, operands, *where, carrier_TH.dtype)
+
+    @staticmethod
+    def backward(ctx, grad_RO):
+        where = (ctx.dispatch.ends_E, ctx.dispatch.expert_R)
+        grad_RH, grad_weight = grouped_gradients(grad_RO, *ctx.saved_tensors, ctx.operands, *where, is_column=True)
+        grad_TH = ctx.dispatch.send_back(grad_RH)
+        return grad_TH, None, None, grad_weight.view(ctx.weight_shape), None, None
+
+
+class _ExpertProduct(torch.autograd.Function):
+    """Multiply each expert's codes by its down projection; partial over etp."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        carrier_RF,
+        codes_RF,
+        scale_RG,
+        weight,
+        operands,
+        dispatch,
+        reduce_group: dist.ProcessGroup | None,
+    ):
+        ctx.dispatch, ctx.operands = dispatch, operands
+        ctx.save_for_backward(codes_RF, scale_RG)
+        where, dtype = (dispatch.ends_E, dispatch.expert_R), carrier_RF.dtype
+        if reduce_group is None:
+            return grouped_scaled_product(codes_RF, scale_RG, operands, *where, dtype)
+        # One group over all etp ranks: add integers before scaling, and hand the sum on from one rank only.
+        sums_RH = grouped_code_matmul(codes_RF, operands.rows, dispatch.ends_E)
+        dist.all_reduce(sums_RH, group=reduce_group)
+        sums_RH = sums_RH if reduce_group.rank() == 0 else torch.zeros_like(sums_RH)
+        return (sums_RH.to(scale_RG.dtype) * scale_RG * operands.scale[dispatch.expert_R]).to(dtype)
+
+    @staticmethod
+    def backward(ctx, grad_RH):
+        where = (ctx.dispatch.ends_E, ctx.dispatch.expert_R)
+        grad_RF, grad_weight = grouped_gradients(grad_RH, *ctx.saved_tensors, ctx.operands, *where, is_column=False)
+        return grad_RF, None, None, grad_weight, *[None] * 3

@@ -4,9 +4,10 @@ import torch
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
 from bitmoe.layers.context import LayerContext
-from bitmoe.layers.dispatch import Dispatch
+from bitmoe.layers.dispatch import make_dispatch
 from bitmoe.layers.experts import RoutedExperts
 from bitmoe.layers.feed_forward import FeedForward
+from bitmoe.layers.quantize_input import flat_tokens, quantize_rows
 from bitmoe.layers.router import Router
 from bitmoe.layers.router_statistics import RouterStatistics
 from bitmoe.layers.sharding import ShardedParameters
@@ -47,7 +48,9 @@ class MoELayer(torch.nn.Module, ShardedParameters):
         probs_TE, routing_map_TE = self.router(x_SBH)
         if self.policy.statistics.recording:
             self.statistics.add(self.router.last_logits_TE, routing_map_TE)
-        dispatch = Dispatch(self.dispatcher, routing_map_TE)
-        y_RH = self.experts(x_SBH.flatten(0, -2), dispatch)
+        # Routed and shared experts read the same codes.
+        x = quantize_rows(x_SBH, "gate_up", self.policy) if self.policy.is_ternary else x_SBH
+        dispatch = make_dispatch(self.dispatcher, routing_map_TE)
+        y_RH = self.experts(flat_tokens(x), dispatch)
         y_SBH = dispatch.combine(y_RH, probs_TE).view_as(x_SBH)
-        return y_SBH if self.shared_experts is None else y_SBH + self.shared_experts(x_SBH)
+        return y_SBH if self.shared_experts is None else y_SBH + self.shared_experts(x)

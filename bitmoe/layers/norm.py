@@ -12,12 +12,13 @@ import torch.distributed as dist
 from bitmoe.layers.context import LayerContext
 from bitmoe.layers.sharding import ShardedParameters, mark_tensor_parallel
 from bitmoe.quant.policy import split_groups
+from bitmoe_kernels.norm_quant import rms_norm, rms_norm_backward
 
 # Shapes: T = tokens (any leading dims), H = hidden, F = features on this rank, G = groups on this rank.
 
 
 class RMSNorm(torch.nn.Module):
-    """x / rms(x) * weight over the last dimension, in fp32 (fp64 for fp64), as megatron-core's specs build norms."""
+    """x / rms(x) * weight over the last dimension, as megatron-core's specs build norms."""
 
     def __init__(self, config, hidden_size: int, eps: float = 1e-5):
         super().__init__()
@@ -29,9 +30,23 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
         """Normalize [..., H]."""
-        x32_TH = x_TH if x_TH.dtype == torch.float64 else x_TH.float()
-        rstd_T1 = torch.rsqrt(x32_TH.square().mean(-1, keepdim=True) + self.eps)
-        return (x32_TH * rstd_T1 * self.weight).to(x_TH.dtype)
+        return _Normalize.apply(x_TH, self.weight, self.eps)
+
+
+class _Normalize(torch.autograd.Function):
+    """RMSNorm that keeps its input and one number a row."""
+
+    @staticmethod
+    def forward(ctx, x_TH, gain_H, eps):
+        y_TH, rstd_T1 = rms_norm(x_TH, gain_H, eps)
+        ctx.save_for_backward(x_TH, gain_H, rstd_T1)
+        return y_TH
+
+    @staticmethod
+    def backward(ctx, grad_TH):
+        x_TH, gain_H, rstd_T1 = ctx.saved_tensors
+        grad_x_TH, grad_gain_H = rms_norm_backward(grad_TH, x_TH, gain_H, rstd_T1)
+        return grad_x_TH, grad_gain_H.to(gain_H.dtype), None
 
 
 class SubNorm(torch.nn.Module, ShardedParameters):

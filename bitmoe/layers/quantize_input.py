@@ -3,52 +3,218 @@
 A column-parallel input row is whole on every rank, so its one scale needs no communication. A row-parallel input is
 split over ranks by quantization groups: each group has its own scale and its own top-K. Where the one group of G = 1
 spans ranks, rows are exchanged, quantized whole by the single-rank code, and the codes sent back.
+
+What comes before a linear (a norm, a gated activation) is quantized in the same kernel that computes it. All
+quantizers are straight-through: their backward is that of the norm or activation alone.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from bitmoe.config.schema import ActFormat
 from bitmoe.layers.collectives import features_to_rows, gather_first_dim, rows_to_features
+from bitmoe.layers.norm import RMSNorm
 from bitmoe.quant.policy import QuantPolicy
 from bitmoe_kernels.act_quant import quantize_fp4, quantize_int4, quantize_int8
+from bitmoe_kernels.norm_quant import rms_norm_backward, rms_norm_quantize, sub_norm_backward, sub_norm_quantize
+from bitmoe_kernels.relu2_glu import relu2_glu_quantize, relu2_glu_quantize_backward
 from bitmoe_kernels.sparsify import topk_mask
 
-# Shapes: T = tokens (any leading dims), D = features, F = features on this rank, G = groups on this rank.
+# Shapes: T = tokens (any leading dims), D = features, F = features on this rank, G = groups on this rank, E = experts.
 
 _QUANTIZERS = {ActFormat.int8: quantize_int8, ActFormat.int4: quantize_int4, ActFormat.fp4: quantize_fp4}
 
 
-def quantize_whole_rows(x_TD: torch.Tensor, role: str, policy: QuantPolicy) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes of rows that are whole on this rank: int8 [..., D] and scale [..., 1]."""
-    act_format = policy.act_format(role)
-    codes_TD, scale_T1 = _QUANTIZERS[act_format](x_TD)
-    keep = policy.keep(role)
-    if keep < 1:
-        codes_TD = codes_TD * topk_mask(x_TD, keep=keep)
-    policy.statistics.add_activations(role, codes_TD, act_format)
-    return codes_TD, scale_T1
+class Quantized(NamedTuple):
+    """A linear's input: codes and scales, and a way for its gradient."""
+
+    carrier_TD: torch.Tensor
+    """Stands in for the dequantized input in autograd; its values are never read and take no memory."""
+    codes_TD: torch.Tensor
+    """int8, or e4m3 where FP8 tensor cores multiply them exactly."""
+    scale_TG: torch.Tensor
+    """fp32 (fp64 for fp64), one for each token and group."""
 
 
-def quantize_grouped(
+def flat_tokens(x: Quantized | torch.Tensor) -> Quantized | torch.Tensor:
+    """Tokens in one dimension: [..., D] as [T, D]."""
+    return x.flatten(0, -2) if isinstance(x, torch.Tensor) else Quantized(*(part.flatten(0, -2) for part in x))
+
+
+def quantize_rows(x_TD: torch.Tensor, role: str, policy: QuantPolicy) -> Quantized:
+    """Quantize rows that are whole on this rank, with one scale each."""
+    return Quantized(*_Quantize.apply(x_TD, role, policy, None, None))
+
+
+def quantize_groups(
     x_TF: torch.Tensor, role: str, policy: QuantPolicy, num_groups: int, exchange_group: dist.ProcessGroup | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes of a row-parallel input, group by group.
+) -> Quantized:
+    """Quantize a row-parallel input, group by group.
 
     Args:
-        x_TF: activations [T, F] on this rank.
+        x_TF: activations [..., F] on this rank.
         role: o or down.
         policy: current formats.
         num_groups: groups on this rank.
         exchange_group: ranks the one group is split over (then num_groups is 1), or None.
+    """
+    return Quantized(*_Quantize.apply(x_TF, role, policy, num_groups, exchange_group))
+
+
+def normalize_rows(x_TD: torch.Tensor, norm: RMSNorm, role: str, policy: QuantPolicy) -> tuple[torch.Tensor, Quantized]:
+    """RMSNorm and quantization in one.
 
     Returns:
-        codes int8 [T, F] and scale [T, G].
+        ``x_TD`` for the residual stream (use it, not the argument: both gradients then meet in one kernel), and the
+        quantized normalized rows.
     """
+    residual_TD, *quantized = _NormQuantize.apply(x_TD, norm.weight, norm.eps, role, policy)
+    return residual_TD, Quantized(*quantized)
+
+
+def normalize_groups(
+    x_TF: torch.Tensor, gain_F: torch.Tensor, eps: float, role: str, policy: QuantPolicy, num_groups: int
+) -> Quantized:
+    """Sub-norm, quantization and top-K in one, for groups that are whole on this rank."""
+    return Quantized(*_SubNormQuantize.apply(x_TF, gain_F, eps, role, policy, num_groups))
+
+
+def activate_groups(
+    gate_up_T2F: torch.Tensor,
+    gain: torch.Tensor | None,
+    eps: float,
+    role: str,
+    policy: QuantPolicy,
+    num_groups: int,
+    expert_T: torch.Tensor | None = None,
+) -> Quantized:
+    """ReLU2-GLU, sub-norm (where there is a gain) and quantization in one, for groups that are whole on this rank.
+
+    Args:
+        gate_up_T2F: gate and up side by side, [..., 2F].
+        gain: of the sub-norm, [F] or [E, F]; None without one.
+        eps: of the sub-norm.
+        role: down.
+        policy: current formats.
+        num_groups: groups on this rank.
+        expert_T: int32 [T], which of E experts each row belongs to, sorted; None where the gain is [F].
+    """
+    return Quantized(*_ActivateQuantize.apply(gate_up_T2F, gain, eps, role, policy, num_groups, expert_T))
+
+
+def row_code_dtype(x_TD: torch.Tensor, act_format: ActFormat) -> torch.dtype:
+    """Type of the codes of whole rows: e4m3 holds all 4-bit codes, and FP8 products are the faster ones on GPUs."""
+    is_fast = x_TD.is_cuda and x_TD.dtype == torch.bfloat16 and act_format in (ActFormat.int4, ActFormat.fp4)
+    return torch.float8_e4m3fn if is_fast else torch.int8
+
+
+def _stand_in(x: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    return x.new_empty(1).expand(shape)
+
+
+def _without_code_gradients(ctx, *codes_and_scale: torch.Tensor) -> None:
+    """Codes and scales get no gradients, and the backward no zeros in their place: a tensor of the codes' size."""
+    ctx.mark_non_differentiable(*codes_and_scale)
+    ctx.set_materialize_grads(False)
+
+
+def _whole_rows(x_TD: torch.Tensor, role: str, policy: QuantPolicy) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 codes [..., D] and scale [..., 1], with top-K."""
+    codes_TD, scale_T1 = _QUANTIZERS[policy.act_format(role)](x_TD)
+    keep = policy.keep(role)
+    return (codes_TD * topk_mask(x_TD, keep=keep) if keep < 1 else codes_TD), scale_T1
+
+
+def _groups(x_TF: torch.Tensor, role: str, policy: QuantPolicy, num_groups: int, exchange_group):
+    """int8 codes [..., F] and scale [..., G]."""
     if exchange_group is None:
-        codes_TGF, scale_TG1 = quantize_whole_rows(x_TF.unflatten(-1, (num_groups, -1)), role, policy)
+        codes_TGF, scale_TG1 = _whole_rows(x_TF.unflatten(-1, (num_groups, -1)), role, policy)
         return codes_TGF.flatten(-2), scale_TG1.squeeze(-1)
-    num_tokens = x_TF.shape[0]
-    codes_rows, scale_rows = quantize_whole_rows(features_to_rows(x_TF, exchange_group), role, policy)
-    codes_TF = rows_to_features(codes_rows, num_tokens, exchange_group)
-    return codes_TF, gather_first_dim(scale_rows, exchange_group)[:num_tokens]
+    rows_TF = x_TF.flatten(0, -2)
+    codes_rows, scale_rows = _whole_rows(features_to_rows(rows_TF, exchange_group), role, policy)
+    codes_TF = rows_to_features(codes_rows, len(rows_TF), exchange_group)
+    scale_T1 = gather_first_dim(scale_rows, exchange_group)[: len(rows_TF)]
+    return codes_TF.view_as(x_TF), scale_T1.view(*x_TF.shape[:-1], 1)
+
+
+class _Quantize(torch.autograd.Function):
+    """Codes of x; the gradient passes."""
+
+    @staticmethod
+    def forward(ctx, x_TD, role, policy, num_groups, exchange_group):
+        if num_groups is None:
+            codes_TD, scale_TG = _whole_rows(x_TD, role, policy)
+            codes_TD = codes_TD.to(row_code_dtype(x_TD, policy.act_format(role)))
+        else:
+            codes_TD, scale_TG = _groups(x_TD, role, policy, num_groups, exchange_group)
+        policy.statistics.add_activations(role, codes_TD, policy.act_format(role))
+        _without_code_gradients(ctx, codes_TD, scale_TG)
+        return _stand_in(x_TD, x_TD.shape), codes_TD, scale_TG
+
+    @staticmethod
+    def backward(ctx, grad_TD, *unused):
+        return grad_TD, *[None] * 4
+
+
+class _NormQuantize(torch.autograd.Function):
+    """x, and codes of its RMSNorm; the gradient of both uses of x is added in the norm's backward."""
+
+    @staticmethod
+    def forward(ctx, x_TD, gain_D, eps, role, policy):
+        act_format = policy.act_format(role)
+        code_dtype = row_code_dtype(x_TD, act_format)
+        codes_TD, scale_T1, rstd_T1 = rms_norm_quantize(x_TD, gain_D, eps, act_format.value, code_dtype)
+        policy.statistics.add_activations(role, codes_TD, act_format)
+        ctx.save_for_backward(x_TD, gain_D, rstd_T1)
+        _without_code_gradients(ctx, codes_TD, scale_T1)
+        return x_TD.view_as(x_TD), _stand_in(x_TD, x_TD.shape), codes_TD, scale_T1
+
+    @staticmethod
+    def backward(ctx, grad_residual_TD, grad_TD, *unused):
+        if grad_TD is None:
+            return grad_residual_TD, *[None] * 4
+        x_TD, gain_D, rstd_T1 = ctx.saved_tensors
+        grad_x_TD, grad_gain_D = rms_norm_backward(grad_TD, x_TD, gain_D, rstd_T1, grad_residual_TD)
+        return grad_x_TD, grad_gain_D.to(gain_D.dtype), *[None] * 3
+
+
+class _SubNormQuantize(torch.autograd.Function):
+    """Codes of the sub-norm of x."""
+
+    @staticmethod
+    def forward(ctx, x_TF, gain_F, eps, role, policy, num_groups):
+        act_format = policy.act_format(role)
+        codes_TF, scale_TG, rstd_TG = sub_norm_quantize(
+            x_TF, gain_F, eps, act_format.value, num_groups, policy.keep(role)
+        )
+        policy.statistics.add_activations(role, codes_TF, act_format)
+        ctx.save_for_backward(x_TF, gain_F, rstd_TG)
+        _without_code_gradients(ctx, codes_TF, scale_TG)
+        return _stand_in(x_TF, x_TF.shape), codes_TF, scale_TG
+
+    @staticmethod
+    def backward(ctx, grad_TF, *unused):
+        x_TF, gain_F, rstd_TG = ctx.saved_tensors
+        grad_x_TF, grad_gain_F = sub_norm_backward(grad_TF, x_TF, gain_F, rstd_TG)
+        return grad_x_TF, grad_gain_F.to(gain_F.dtype), *[None] * 4
+
+
+class _ActivateQuantize(torch.autograd.Function):
+    """Codes of the sub-norm of relu(gate)^2 * up; the backward computes the activation again."""
+
+    @staticmethod
+    def forward(ctx, gate_up_T2F, gain, eps, role, policy, num_groups, expert_T):
+        act_format = policy.act_format(role)
+        codes_TF, scale_TG, rstd_TG = relu2_glu_quantize(gate_up_T2F, gain, eps, act_format.value, num_groups, expert_T)
+        policy.statistics.add_activations(role, codes_TF, act_format)
+        ctx.save_for_backward(gate_up_T2F, gain, rstd_TG, expert_T)
+        _without_code_gradients(ctx, codes_TF, scale_TG)
+        return _stand_in(gate_up_T2F, codes_TF.shape), codes_TF, scale_TG
+
+    @staticmethod
+    def backward(ctx, grad_TF, *unused):
+        gate_up_T2F, gain, rstd_TG, expert_T = ctx.saved_tensors
+        grad_gate_up_T2F, grad_gain = relu2_glu_quantize_backward(grad_TF, gate_up_T2F, gain, rstd_TG, expert_T)
+        return grad_gate_up_T2F, None if gain is None else grad_gain.to(gain.dtype), *[None] * 5

@@ -28,11 +28,15 @@ class RouterStatistics:
         num_tokens = torch.full_like(entropy, len(logits_TE))
         asked = num_tokens * self.topk
         counts = torch.cat([load_E, torch.stack([entropy, num_tokens, asked - load_E.sum()])])
-        self._counts = self._counts.to(counts.device) + counts
+        # In place, at one address: recorded forward passes add to it.
+        if self._counts.device != counts.device:
+            self._counts = self._counts.to(counts.device)
+        self._counts += counts
 
     def take(self) -> torch.Tensor:
         """Tokens of each expert, then sum of entropies, tokens, dropped copies: fp64 [E + 3]; starts anew."""
-        counts, self._counts = self._counts, torch.zeros_like(self._counts)
+        counts = self._counts.clone()
+        self._counts.zero_()
         return counts
 
 

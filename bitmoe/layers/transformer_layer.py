@@ -12,6 +12,7 @@ from bitmoe.layers.context import LayerContext
 from bitmoe.layers.feed_forward import FeedForward
 from bitmoe.layers.moe import MoELayer
 from bitmoe.layers.norm import RMSNorm
+from bitmoe.layers.quantize_input import Quantized, normalize_rows
 from bitmoe.layers.sharding import ShardedParameters
 
 # Shapes: S = sequence (this rank's slice under sequence parallelism), B = batch, H = hidden.
@@ -32,7 +33,7 @@ class TransformerLayer(torch.nn.Module, BaseTransformerLayer, ShardedParameters)
         self, config, context: LayerContext, layer_number: int, pg_collection=None, vp_stage: int | None = None
     ):
         super().__init__()
-        self.groups = context.groups
+        self.groups, self.policy = context.groups, context.policy
         self.layer_number = layer_number + get_transformer_layer_offset(config, vp_stage, context.groups.pp.rank())
         self.input_layernorm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
         self.self_attention = SelfAttention(config, context)
@@ -47,5 +48,15 @@ class TransformerLayer(torch.nn.Module, BaseTransformerLayer, ShardedParameters)
         self, hidden_states: torch.Tensor, rotary_pos_emb: torch.Tensor, context: torch.Tensor | None = None, **unused
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[S, B, H] to the same shape; ``context`` is passed through, the arguments of other architectures ignored."""
-        x_SBH = hidden_states + self.self_attention(self.input_layernorm(hidden_states), rotary_pos_emb)
-        return x_SBH + self.mlp(self.pre_mlp_layernorm(x_SBH)), context
+        residual_SBH, x_SBH = self._normalized(hidden_states, self.input_layernorm, "qkv")
+        residual_SBH = residual_SBH + self.self_attention(x_SBH, rotary_pos_emb)
+        if isinstance(self.mlp, MoELayer):
+            return residual_SBH + self.mlp(self.pre_mlp_layernorm(residual_SBH)), context
+        residual_SBH, x_SBH = self._normalized(residual_SBH, self.pre_mlp_layernorm, "gate_up")
+        return residual_SBH + self.mlp(x_SBH), context
+
+    def _normalized(
+        self, x_SBH: torch.Tensor, norm: RMSNorm, role: str
+    ) -> tuple[torch.Tensor, Quantized | torch.Tensor]:
+        """The residual stream, and the input of a linear: quantized, if linears are."""
+        return normalize_rows(x_SBH, norm, role, self.policy) if self.policy.is_ternary else (x_SBH, norm(x_SBH))

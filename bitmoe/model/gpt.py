@@ -15,6 +15,7 @@ from bitmoe.model.sizes import padded_vocab_size
 from bitmoe.model.transformer_config import make_transformer_config
 from bitmoe.parallel.process_groups import Groups, local_device
 from bitmoe.quant.policy import QuantPolicy
+from bitmoe_kernels.cross_entropy import vocab_parallel_cross_entropy
 
 # Shapes: S = sequence, B = batch, V = vocabulary (padded).
 
@@ -40,7 +41,11 @@ class LanguageModel(GPTModel):
             [B, S]: fp32, or the dtype of fp64 logits.
         """
         if logits.dtype != torch.float64 and not self.policy.deterministic:
-            return super().compute_language_model_loss(labels, logits)
+            # Nothing else reads the logits, so their gradient may take their place.
+            loss_SB = vocab_parallel_cross_entropy(
+                logits, labels.T.contiguous(), self.pg_collection.tp, inplace_backward=logits.requires_grad
+            )
+            return loss_SB.T.contiguous()
         full = gather_from_tensor_model_parallel_region(logits).double()
         loss_SB = torch.nn.functional.cross_entropy(full.flatten(0, 1), labels.T.flatten(), reduction="none")
         loss_BS = loss_SB.view(labels.T.shape).T.contiguous()

@@ -7,13 +7,14 @@ elements a parameter), the allocator's fragmentation, buffers of NCCL, and uneve
 
 from dataclasses import dataclass, fields
 
-from bitmoe.config.schema import Config, Precision, Recompute
+from bitmoe.config.schema import BackwardFormat, Config, Precision, Recompute
 from bitmoe.model.activations import FP32, Activations
 from bitmoe.model.counts import Cut, Weight, embedding, final_norm, head, is_ternary, layer_weights, model_weights
 from bitmoe.parallel.topology import Topology
 
 BF16 = 2
 _MOMENTS = 2
+_ROW_MULTIPLE = 16
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class RankMemory:
     optimizer: int
     """This rank's share of Adam's moments and of the fp32 copy of bf16 weights."""
     ternary_codes: int
-    """int8 codes of the quantized weights, with their scales."""
+    """Codes of the quantized weights, with their scales."""
     activations: int
     """What forward passes keep for backward passes, of all micro-batches in flight."""
     logits: int
@@ -141,14 +142,22 @@ def _optimizer_bytes(config: Config, world_size: int, weights: list[Weight]) -> 
 
 
 def _code_bytes(weight: Weight, config: Config) -> int:
-    """Codes of one byte; a scale for every output row (qkv, gate_up) or for every matrix and group (o, down)."""
-    *lead, rows, columns = weight.shape
-    numel = rank_numel(weight, config)
-    if weight.role in ("qkv", "gate_up"):
-        return numel + FP32 * numel // columns
+    """Codes of one byte; a scale for every output row (qkv, gate_up) or for every matrix and group (o, down).
+
+    The 8-bit backward has the codes once more, transposed, with output rows padded to a multiple of 16.
+    """
+    *_, rows, columns = weight.shape
     ranks = config.parallel.expert_tensor if weight.cut is Cut.expert else config.parallel.tensor
-    columns_of_group = columns // ranks // max(1, config.quant.groups // ranks)
-    return numel + FP32 * numel // (rows * columns_of_group)
+    if weight.role in ("qkv", "gate_up"):
+        rows //= ranks
+        scales = rows
+    else:
+        columns //= ranks
+        scales = max(1, config.quant.groups // ranks)
+    matrices = rank_numel(weight, config) // (rows * columns)
+    has_columns = config.quant.backward is BackwardFormat["8bit"]
+    padded_rows = -(-rows // _ROW_MULTIPLE) * _ROW_MULTIPLE if has_columns else 0
+    return matrices * ((rows + padded_rows) * columns + FP32 * scales)
 
 
 def _activation_bytes(config: Config, world_size: int, stage: int) -> int:
@@ -158,6 +167,6 @@ def _activation_bytes(config: Config, world_size: int, stage: int) -> int:
     saved = in_flight * hidden + layer if config.run.recompute is Recompute.full else in_flight * layer
     if config.parallel.pipeline > 1:
         chunks = in_flight * config.parallel.pipeline * (config.parallel.virtual_pipeline or 1)
-        # The schedule keeps what each chunk sends on and, where the first norm has only a copy, what it received.
-        saved += chunks // config.model.num_layers * hidden * (2 if config.run.precision is Precision.bf16 else 1)
+        # The schedule keeps what each chunk sends on; what it received, its first norm keeps too.
+        saved += chunks // config.model.num_layers * hidden
     return saved + (activations.saved_by_head() if _is_last(config, stage) else 0)

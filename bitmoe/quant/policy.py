@@ -5,8 +5,16 @@ schedule, ``parameters_changed()`` is called after every optimizer step and ever
 codes stale.
 """
 
-from bitmoe.config.schema import ActFormat, BitStage, QuantConfig, WeightFormat
+from typing import Protocol
+
+from bitmoe.config.schema import ActFormat, BackwardFormat, BitStage, QuantConfig, WeightFormat
 from bitmoe.quant.statistics import QuantStatistics
+
+
+class HasEpoch(Protocol):
+    """Something made of parameters of one epoch."""
+
+    epoch: int
 
 
 class QuantPolicy:
@@ -20,14 +28,30 @@ class QuantPolicy:
     def __init__(self, config: QuantConfig, deterministic: bool = False):
         self.groups = config.groups
         self.is_ternary = config.weights is WeightFormat.ternary
+        self.is_backward_8bit = config.backward is BackwardFormat["8bit"]
         self.deterministic = deterministic
         self.stage: BitStage = config.stages[0]
         self.epoch = 0
         self.statistics = QuantStatistics()
+        self._caches: list[HasEpoch] = []
 
     def parameters_changed(self) -> None:
         """Tell the layers that parameters have new values, so that codes are made again when next needed."""
         self.epoch += 1
+
+    def register_cache(self, cache: HasEpoch) -> None:
+        """Add codes that ``codes_are_fresh`` speaks of."""
+        self._caches.append(cache)
+
+    @property
+    def codes_are_fresh(self) -> bool:
+        """Whether the codes of all weights were made since parameters changed."""
+        return all(cache.epoch == self.epoch for cache in self._caches)
+
+    def codes_made(self) -> None:
+        """Tell the caches that a recorded forward pass has made their codes."""
+        for cache in self._caches:
+            cache.epoch = self.epoch
 
     def act_format(self, role: str) -> ActFormat:
         """Format of the input of ``role`` (qkv, o, gate_up or down) at the current stage."""

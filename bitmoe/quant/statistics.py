@@ -1,10 +1,8 @@
 """Health of a quantized model: zeros and clipping of activation codes by role, zeros and flips of ternary codes.
 
 Counting activations costs reductions over every code tensor, so it runs only while ``recording`` (the trainer switches
-it on for the steps it logs). Counts stay on the device until ``collect``.
+it on for the steps it logs). Those of ternary codes come with the codes. Counts stay on the device until ``collect``.
 """
-
-from collections import defaultdict
 
 import torch
 import torch.distributed as dist
@@ -20,25 +18,31 @@ class QuantStatistics:
 
     def __init__(self):
         self.recording = False
-        self._counts: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros(3, dtype=torch.float64))
+        self._counts: dict[str, torch.Tensor] = {}
 
     def add_activations(self, role: str, codes: torch.Tensor, act_format: ActFormat) -> None:
-        """Count zeros and codes at the edge of the range in the int8 codes of one linear's input."""
+        """Count zeros and codes at the edge of the range in the int8 or e4m3 codes of one linear's input."""
         if self.recording and act_format is not ActFormat.none:
+            # Torch does not compare float8 numbers; as bf16 codes of up to 8 bits are the same.
+            codes = codes.bfloat16() if codes.is_floating_point() else codes
             edge = (codes >= _LARGEST_CODE[act_format]) | (codes < -_LARGEST_CODE[act_format])
-            self._add(f"act/{role}", codes == 0, edge)
+            zeros = (codes == 0).sum()
+            # The total is filled in on the device: a tensor copied there would make it wait.
+            self._add(f"act/{role}", torch.stack([zeros, edge.sum(), torch.full_like(zeros, codes.numel())]))
 
-    def add_weights(self, role: str, codes: torch.Tensor, former: torch.Tensor | None) -> None:
-        """Count zeros of ternary codes, and how many differ from the codes of the former parameter value.
+    def add_weights(self, role: str, counts_3: torch.Tensor) -> None:
+        """Add counts of the ternary codes of one weight: zeros, codes other than those of its former value, and all.
 
-        Counted whenever codes are made, once a step: an evaluation that makes them must not hide them.
+        Counted whenever codes are made of a new value, once a step: an evaluation that makes them must not hide them.
         """
-        self._add(f"weight/{role}", codes == 0, codes != (codes if former is None else former))
+        self._add(f"weight/{role}", counts_3)
 
-    def _add(self, key: str, zeros: torch.Tensor, others: torch.Tensor) -> None:
-        total = torch.tensor(float(zeros.numel()), dtype=torch.float64, device=zeros.device)
-        counts = torch.stack([zeros.sum().double(), others.sum().double(), total])
-        self._counts[key] = self._counts[key].to(counts.device) + counts
+    def _add(self, key: str, counts_3: torch.Tensor) -> None:
+        # In place, at one address: recorded forward passes add to it.
+        if key in self._counts:
+            self._counts[key] += counts_3
+        else:
+            self._counts[key] = counts_3.clone()
 
     def collect(
         self, device: torch.device, roles: tuple[str, ...] = ("qkv", "o", "gate_up", "down")
@@ -53,10 +57,12 @@ class QuantStatistics:
             (ternary codes), each in 0..1; roles never counted are left out.
         """
         keys = [f"{kind}/{role}" for kind in ("act", "weight") for role in roles]
-        counts = torch.stack([self._counts[key].to(device) for key in keys])
+        none = torch.zeros(3, dtype=torch.int64, device=device)
+        counts = torch.stack([self._counts.get(key, none).to(device) for key in keys])
         if dist.is_initialized():
             dist.all_reduce(counts)
-        self._counts.clear()
+        for sums in self._counts.values():
+            sums.zero_()
         names = {"act": ("sparsity", "clipped"), "weight": ("zeros", "flips")}
         shares = {}
         for key, (zeros, others, total) in zip(keys, counts.tolist(), strict=True):

@@ -7,69 +7,114 @@ scale is rounded once, so the codes do not depend on the layout.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from bitmoe.quant.policy import QuantPolicy
-from bitmoe_kernels.weight_quant import absmean_scale, absmean_sums, ternary_codes
+from bitmoe_kernels.weight_quant import (
+    TernaryOperands,
+    absmean_scale,
+    absmean_sums,
+    absmean_sums_by_id,
+    ternary_operands,
+)
 
-# Shapes: O = output rows, I = input columns, E = experts (optional leading dim), G = groups on this rank.
+# Shapes: O = output rows, P = O padded with zeros to a multiple of 16, I = input columns, E = experts (optional leading
+#         dim), G = groups on this rank.
+
+
+class WeightOperands(NamedTuple):
+    """Codes of a weight as the products of its linear take them; ``w ~ codes * scale``."""
+
+    rows: torch.Tensor
+    """int8 or e4m3 [O, I] or [E, O, I]: of the forward."""
+    columns: torch.Tensor | None
+    """e4m3 [I, P] or [E, I, P]: of the 8-bit input gradient, where asked for."""
+    scale: torch.Tensor
+    """fp32, of each output row [O] or [E, O], or of each group of input columns [G] or [E, G]."""
 
 
 class CodeCache:
-    """Codes and scale of one parameter, made again only when the policy's epoch moved.
+    """Codes and scale of one parameter, made again only when the policy's epoch moved or another layout is wanted.
+
+    On GPUs the codes of a new value take the memory of the former: nothing may keep codes beyond a step.
+    ``epoch`` is that of the parameter value the codes were made of.
 
     Args:
         policy: whose epoch tells that parameters changed.
         role: linear role the codes are counted under.
-        make: returns (codes, scale) from the parameter's present value.
+        make: returns the parameter's present value and its scales, as ``absmean_rows`` and ``absmean_columns`` do.
     """
 
     def __init__(self, policy: QuantPolicy, role: str, make: Callable[[], tuple[torch.Tensor, torch.Tensor]]):
         self._policy, self._role, self._make = policy, role, make
-        self._epoch, self._codes, self._scale = -1, None, None
+        self.epoch = -1
+        self._codes: TernaryOperands | None = None
+        self._scale: torch.Tensor | None = None
+        policy.register_cache(self)
 
     def get(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The int8 codes and fp32 scale of the parameter's present value."""
-        if self._epoch != self._policy.epoch:
-            former = self._codes
+        rows, _, scale = self.operands()
+        return rows, scale
+
+    def operands(self, row_dtype: torch.dtype = torch.int8, with_columns: bool = False) -> WeightOperands:
+        """The codes of the parameter's present value.
+
+        One layout is kept: callers that ask for different types of rows in turns have them made every time.
+
+        Args:
+            row_dtype: int8 or e4m3.
+            with_columns: transposed codes, too.
+        """
+        is_new = self.epoch != self._policy.epoch
+        if is_new or not self._holds(row_dtype, with_columns):
             with torch.no_grad():
-                self._codes, self._scale = self._make()
-            self._policy.statistics.add_weights(self._role, self._codes, former)
-            self._epoch = self._policy.epoch
-        return self._codes, self._scale
+                weight, scale = self._make()
+            dim = 1 if scale.shape[-2] == 1 else 0
+            self._keep_scale(scale.flatten(-2))
+            self._codes = ternary_operands(weight, self._scale, dim, row_dtype, with_columns, former=self._codes)
+            if is_new:
+                self._policy.statistics.add_weights(self._role, self._codes.counts)
+            self.epoch = self._policy.epoch
+        return WeightOperands(self._codes.rows, self._codes.columns, self._scale)
+
+    def _keep_scale(self, scale: torch.Tensor) -> None:
+        # At one address, for recorded passes.
+        self._scale = scale if self._scale is None else self._scale.copy_(scale)
+
+    def _holds(self, row_dtype: torch.dtype, with_columns: bool) -> bool:
+        return self._codes.rows.dtype == row_dtype and not (with_columns and self._codes.columns is None)
 
 
-def ternarize_rows(
+def absmean_rows(
     w_OI: torch.Tensor, scale_ids_O: torch.Tensor, num_scales: int, reduce_group: dist.ProcessGroup | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ternarize a column-parallel weight whose output rows belong to several scales.
+    """Scales of a column-parallel weight (or one per expert) whose output rows belong to several scales.
 
     Args:
-        w_OI: weight [O, I] (this rank's rows).
-        scale_ids_O: which scale each row belongs to, int64 [O]; with grouped queries q has more rows than k or v.
+        w_OI: weight [O, I] or [E, O, I] (this rank's rows).
+        scale_ids_O: which scale each row belongs to, int64 [O], in every expert; with grouped queries q has more rows
+            than k or v.
         num_scales: number of different ids.
         reduce_group: ranks that share these scales, or None if this rank owns their rows alone.
 
     Returns:
-        codes int8 [O, I] and the scale of each row, fp32 [O].
+        The weight itself and the scale of each row, fp32 [O, 1] or [E, O, 1].
     """
-    num_rows, num_columns = w_OI.shape
-    row_sums = absmean_sums(w_OI, groups=num_rows, dim=0)
-    row_counts = torch.full_like(row_sums, num_columns)
-    sums, counts = (x.new_zeros(num_scales).index_add_(0, scale_ids_O, x) for x in (row_sums, row_counts))
+    sums, counts = absmean_sums_by_id(w_OI, scale_ids_O, num_scales)
     if reduce_group is not None:
         dist.all_reduce(sums, group=reduce_group)
-        counts *= reduce_group.size()
-    scale_O = absmean_scale(sums / counts, count=1)[scale_ids_O]
-    return ternary_codes(w_OI, scale_O, dim=0), scale_O
+        counts = counts * reduce_group.size()
+    return w_OI, absmean_scale(sums, counts, scale_ids_O).unsqueeze(-1)
 
 
-def ternarize_columns(
+def absmean_columns(
     w_EOI: torch.Tensor, groups: int, reduce_group: dist.ProcessGroup | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ternarize a row-parallel weight (or one per expert) by groups of its input columns.
+    """Scales of a row-parallel weight (or one per expert) by groups of its input columns.
 
     Args:
         w_EOI: weight [O, I] or [E, O, I] (this rank's columns).
@@ -77,12 +122,11 @@ def ternarize_columns(
         reduce_group: ranks that share the one group, or None.
 
     Returns:
-        codes int8 like w_EOI and scale fp32 [G] or [E, G].
+        The weight itself and its scales, fp32 [1, G] or [E, 1, G].
     """
     sums = absmean_sums(w_EOI, groups=groups, dim=1)
     count = w_EOI.shape[-2] * w_EOI.shape[-1] // groups
     if reduce_group is not None:
         dist.all_reduce(sums, group=reduce_group)
         count *= reduce_group.size()
-    scale = absmean_scale(sums, count)
-    return ternary_codes(w_EOI, scale, dim=1), scale
+    return w_EOI, absmean_scale(sums, count).unsqueeze(-2)

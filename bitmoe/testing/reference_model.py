@@ -156,7 +156,7 @@ class ReferenceModel:
         groups = self.quant.groups
         if gain_I is not None:
             parts = zip(x_TI.chunk(groups, -1), gain_I.chunk(groups), strict=True)
-            x_TI = torch.cat([sub_norm(x, gain, self.model.norm_eps) for x, gain in parts], dim=-1)
+            x_TI = torch.cat([rms_norm(x, gain, self.model.norm_eps) for x, gain in parts], dim=-1)
         if self.quant.weights is WeightFormat.none:
             return x_TI @ w_OI.T
         parts = zip(x_TI.chunk(groups, -1), w_OI.chunk(groups, -1), strict=True)
@@ -198,13 +198,11 @@ def straight_through(value: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return value + (x - x.detach())
 
 
-def rms_norm(x_TH: torch.Tensor, gain_H: torch.Tensor, eps: float) -> torch.Tensor:
-    """x / sqrt(mean(x^2) + eps) * gain over the last dimension."""
-    return x_TH * torch.rsqrt(x_TH.square().mean(-1, keepdim=True) + eps) * gain_H
+def rms_norm(x_TI: torch.Tensor, gain_I: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + eps) * gain over the last dimension.
 
-
-def sub_norm(x_TI: torch.Tensor, gain_I: torch.Tensor, eps: float) -> torch.Tensor:
-    """``rms_norm`` whose mean square is taken in fp64: there the model promises one value however it is split."""
+    The mean is taken in fp64: there the model promises one value, however a row is split.
+    """
     mean_square_T1 = x_TI.square().mean(-1, keepdim=True, dtype=torch.float64)
     return x_TI * torch.rsqrt(mean_square_T1 + eps).to(x_TI.dtype) * gain_I
 

@@ -6,6 +6,7 @@ is the same on every rank.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,8 @@ from bitmoe.model.transformer_config import model_dtype
 from bitmoe.parallel.process_groups import Groups, local_device
 from bitmoe.quant.bit_schedule import stage_at
 from bitmoe.quant.policy import QuantPolicy
+from bitmoe.train.micro_batch_graphs import MicroBatchGraphs, graphs_hold
+from bitmoe.train.optimizer_step import optimizer_step, use_fused_adam
 from bitmoe.train.schedule import learning_rate, weight_decay
 
 # Shapes: B = sequences of a micro-batch, S = sequence length.
@@ -61,7 +64,7 @@ class MegatronEngine:
     """
 
     def __init__(self, config: Config, groups: Groups):
-        self.config, self.groups = config, groups
+        self.config, self.groups, self._stage = config, groups, 0
         self.policy = QuantPolicy(config.quant, config.run.deterministic)
         stages = config.parallel.virtual_pipeline or 1
         chunks = [
@@ -72,8 +75,11 @@ class MegatronEngine:
         self.transformer_config = chunks[0].config
         self.chunks = [self._wrap(chunk, index) for index, chunk in enumerate(chunks)]
         self.optimizer = get_megatron_optimizer(self._optimizer_config(), self.chunks, config_overrides=_NO_DECAY)
+        if torch.cuda.is_available():
+            use_fused_adam(self.optimizer)
         self._connect_schedule()
         self._forward_backward = get_forward_backward_func()
+        self._graphs = MicroBatchGraphs(self.policy, self._micro_batch) if graphs_hold(config) else None
 
     def _wrap(self, chunk: torch.nn.Module, index: int) -> DistributedDataParallel:
         ddp_config = DistributedDataParallelConfig(
@@ -82,7 +88,9 @@ class MegatronEngine:
             overlap_param_gather=self.config.engine.overlap_param_gather,
             use_distributed_optimizer=True,
         )
-        return DistributedDataParallel(chunk.config, ddp_config, chunk, disable_bucketing=index > 0)
+        # Autograd adds up gradients on the stream their nodes were made on: the default one cannot be recorded.
+        with _side_stream():
+            return DistributedDataParallel(chunk.config, ddp_config, chunk, disable_bucketing=index > 0)
 
     def _optimizer_config(self) -> OptimizerConfig:
         optim, dtype = self.config.optim, model_dtype(self.config)
@@ -144,14 +152,14 @@ class MegatronEngine:
         for group in self.optimizer.param_groups:
             group["lr"], group["weight_decay"] = lr, decay * group["wd_mult"]
         loss = self.compute_gradients(get_batch)
-        _, grad_norm, _ = self.optimizer.step()
+        grad_norm = optimizer_step(self.optimizer, config.optim.clip_grad)
         self.policy.parameters_changed()
-        return StepResult(loss, float(grad_norm or 0.0), lr, decay, stage)
+        return StepResult(loss, grad_norm.item(), lr, decay, stage)
 
     def set_stage(self, step: int) -> int:
         """Put the layers into the bit stage of ``step``; returns its index."""
-        index, self.policy.stage = stage_at(step, self.config.quant, self.config.run.steps)
-        return index
+        self._stage, self.policy.stage = stage_at(step, self.config.quant, self.config.run.steps)
+        return self._stage
 
     def compute_gradients(self, get_batch: Callable[[range], Batch], whole: bool = False) -> float:
         """Forward and backward over this rank's micro-batches.
@@ -168,7 +176,25 @@ class MegatronEngine:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        if self._graphs is not None and not whole:
+            return self._run_graphs(get_batch)
         return self._run_schedule(get_batch, forward_only=False, force_all_reduce=whole)
+
+    def _run_graphs(self, get_batch: Callable[[range], Batch]) -> float:
+        losses = [self._graphs(_to_device(get_batch(rows)), self._stage) for rows in self.rows()]
+        finalize_model_grads(self.chunks, pg_collection=self.groups.mcore)
+        return self._global_mean(losses)
+
+    def _micro_batch(self, batch: Batch) -> torch.Tensor:
+        """Forward and backward of one of the step's micro-batches by megatron-core's schedule; returns its loss."""
+        settings, count = self.transformer_config, self.num_micro_batches
+        settings.finalize_model_grads_func = None
+        settings.grad_scale_func = lambda loss: loss / count
+        try:
+            (output,) = self._schedule([batch])
+        finally:
+            settings.finalize_model_grads_func, settings.grad_scale_func = finalize_model_grads, None
+        return output["loss"]
 
     @torch.no_grad()
     def evaluate(self, get_batch: Callable[[range], Batch]) -> float:
@@ -181,18 +207,21 @@ class MegatronEngine:
         self, get_batch: Callable[[range], Batch], forward_only: bool, force_all_reduce: bool = False
     ) -> float:
         batches = [_to_device(get_batch(rows)) for rows in self.rows()]
+        outputs = self._schedule(batches, forward_only=forward_only, force_all_reduce=force_all_reduce)
+        return self._global_mean([output["loss"] for output in outputs])
+
+    def _schedule(self, batches: list[Batch], **options: bool) -> list[dict[str, torch.Tensor]]:
+        """Run micro-batches by megatron-core's schedule; the loss of each, on last pipeline stages."""
         iterators = [iter(batches) for _ in self.chunks]
-        outputs = self._forward_backward(
+        return self._forward_backward(
             forward_step_func=_forward_step,
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
             num_microbatches=len(batches),
             seq_length=self.config.context.seq_length,
             micro_batch_size=self.config.run.micro_batch_size,
-            forward_only=forward_only,
-            force_all_reduce=force_all_reduce,
+            **({"forward_only": False} | options),
         )
-        return self._global_mean([output["loss"] for output in outputs])
 
     def _global_mean(self, losses: list[torch.Tensor]) -> float:
         """Mean over all micro-batches; only last pipeline stages have losses, equal on tensor-parallel ranks."""
@@ -278,6 +307,19 @@ _NO_DECAY = {
         with_name_predicate=ParamWithNamePredicate(name="norm gains", fn=lambda param, name: "norm" in name)
     ): ParamGroupOverride(wd_mult=0.0)
 }
+
+
+@contextmanager
+def _side_stream() -> Iterator[None]:
+    """Run on a stream of its own, and let the current one wait for it; nothing without a GPU."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        yield
+    torch.cuda.current_stream().wait_stream(side)
 
 
 def _one_or_all(functions: list[Callable]) -> Callable | list[Callable]:

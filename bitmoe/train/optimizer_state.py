@@ -74,8 +74,9 @@ def _allocate(part: DistributedOptimizer) -> None:
 def _set_step(adam: torch.optim.Optimizer, step: int) -> None:
     """torch's Adam counts for every parameter, apex's and Transformer Engine's for every group."""
     if isinstance(adam, torch.optim.Adam):
-        for state in adam.state.values():
-            state["step"] = torch.tensor(float(step))
+        is_fused = adam.param_groups[0]["fused"]
+        for parameter, state in adam.state.items():
+            state["step"] = torch.tensor(float(step), device=parameter.device if is_fused else "cpu")
     else:
         for group in adam.param_groups:
             group["step"] = step

@@ -31,8 +31,13 @@ from bitmoe_kernels.norm_quant import rms_norm_quantize, sub_norm_quantize
 from bitmoe_kernels.norm_quant.reference import rms_norm_quantize_reference, sub_norm_quantize_reference
 from bitmoe_kernels.sparsify import topk_mask
 from bitmoe_kernels.sparsify.reference import topk_mask_reference
-from bitmoe_kernels.weight_quant import absmean_sums, ternary_codes
-from bitmoe_kernels.weight_quant.reference import absmean_sums_reference, ternary_codes_reference
+from bitmoe_kernels.weight_quant import absmean_sums, absmean_sums_by_id, ternary_codes, ternary_operands
+from bitmoe_kernels.weight_quant.reference import (
+    absmean_sums_by_id_reference,
+    absmean_sums_reference,
+    ternary_codes_reference,
+    ternary_operands_reference,
+)
 
 ROTATED_BYTES = 256 * 2**20
 REPLAYS = 15
@@ -66,10 +71,10 @@ def cases(tokens: int) -> list[Case]:
                 lambda x, gain=gain: rms_norm_quantize_reference(x, gain, EPS, "int4"),
             ),
             Case(
-                "rms_norm+int4+transpose",
+                "rms_norm+int4, e4m3 codes",
                 shape,
-                lambda x, gain=gain: rms_norm_quantize(x, gain, EPS, "int4", transposed=True),
-                lambda x, gain=gain: with_transpose(rms_norm_quantize_reference(x, gain, EPS, "int4")),
+                lambda x, gain=gain: as_bytes(rms_norm_quantize(x, gain, EPS, "int4", torch.float8_e4m3fn)),
+                lambda x, gain=gain: as_bytes(rms_norm_quantize_reference(x, gain, EPS, "int4", torch.float8_e4m3fn)),
             ),
             Case(
                 "sub_norm+int8+topk",
@@ -103,13 +108,39 @@ def cases(tokens: int) -> list[Case]:
                 lambda w, scale=scale: ternary_codes(w, scale),
                 lambda w, scale=scale: ternary_codes_reference(w, scale, -2),
             ),
+            *training_cases(rows, columns, scale),
         ]
     return found
 
 
-def with_transpose(result: tuple) -> tuple:
-    """The result with its codes once more as [D, T]."""
-    return (*result, result[0].T.contiguous())
+def training_cases(rows: int, columns: int, scale: torch.Tensor) -> list[Case]:
+    """What an optimizer step makes of a weight: sums of interleaved q, k, v; e4m3 codes both ways, over the former."""
+    ids = torch.arange(rows, device="cuda") // 128 % 3
+    former = ternary_operands(torch.zeros(rows, columns, device="cuda"), scale, 0, torch.float8_e4m3fn, True)
+    return [
+        Case(
+            "absmean_sums_by_id, 3 scales",
+            (rows, columns),
+            lambda w: absmean_sums_by_id(w, ids, 3),
+            lambda w: absmean_sums_by_id_reference(w, ids, 3),
+        ),
+        Case(
+            "ternary_operands (and 1 byte a weight of former codes read)",
+            (rows, columns),
+            lambda w: code_bytes(ternary_operands(w, scale, 0, torch.float8_e4m3fn, True, former)),
+            lambda w: code_bytes(ternary_operands_reference(w, scale, -2, torch.float8_e4m3fn, True, None)),
+        ),
+    ]
+
+
+def code_bytes(operands: tuple) -> tuple[torch.Tensor, ...]:
+    """Codes by row and by column; their counts depend on what was there before."""
+    return tuple(codes.view(torch.int8) for codes in operands[:2])
+
+
+def as_bytes(result: tuple) -> tuple[torch.Tensor, ...]:
+    """The result with its e4m3 codes as bytes, which torch compares."""
+    return result[0].view(torch.int8), *result[1:]
 
 
 def tensors(result) -> tuple:

@@ -14,7 +14,7 @@ from bitmoe.train.run_dir import config_dict
     "overrides",
     [
         [],
-        ["quant=a48"],
+        ["quant=a48", "quant.backward=8bit"],
         ["moe=none", "model.head_dim=48"],
         ["data=files", "data.path=[a.txt,b.txt]", "data.weights=[1,2.5]"],
     ],

@@ -46,6 +46,7 @@ CASES = [
     ([STAGES % ",{start:100}"], None, "quant.stages[2].start", "step 100 is not after step 150", "order"),
     (["quant.weights=none"], None, "quant.stages[0].qkv", "int8 with quant.weights=none", "quant=none"),
     (["quant.stages.1.down=none"], None, "quant.stages[1].down", "none with quant.weights=ternary", "int8"),
+    (["quant=none", "quant.backward=8bit"], None, "quant.backward", "8bit with quant.weights=none", "bf16"),
     # quantization groups
     (["quant.groups=4"], None, "quant.groups", "model.num_query_groups=2 does not divide by 4", "1, 2"),
     (
@@ -174,6 +175,7 @@ def test_validate_accepts_the_default_run():
         ([*FOUR_LAYERS_TWO_STAGES, "parallel.virtual_pipeline=2"], 2),
         (["quant.groups=1"], 2),
         (["quant=none", "quant.groups=1"], 2),
+        (["quant.backward=8bit"], 2),
         (["parallel=ep2"], 2),
         (["parallel=single", "parallel.expert_tensor=2"], 2),
         (["parallel=pp2", "parallel.expert=2", "run.global_batch_size=16"], 4),

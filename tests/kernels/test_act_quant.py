@@ -315,3 +315,19 @@ def test_cuda_agrees_with_cpu_and_marks_nonfinite(quantize):
     codes_cuda, scale_cuda = quantize(x_TD.cuda())
     assert scale_cuda[:3, 0].isnan().tolist() == [False, True, False]
     assert not codes_cuda[1].any()
+
+
+@pytest.mark.parametrize("quantize", [quantize_int4, quantize_fp4], ids=lambda function: function.__name__)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_e4m3_codes_are_exact(quantize, dtype):
+    x_TD = gaussian(5, 100, dtype=dtype)
+    codes, scale = quantize(x_TD, torch.float8_e4m3fn)
+    expected, expected_scale = quantize(x_TD)
+    assert codes.dtype == torch.float8_e4m3fn
+    assert torch.equal(codes.float(), expected.float())
+    assert torch.equal(scale, expected_scale)
+
+
+def test_other_code_types_raise():
+    with pytest.raises(ValueError, match=r"code_dtype=torch\.bfloat16 of int4"):
+        quantize_int4(torch.ones(2, 2), torch.bfloat16)

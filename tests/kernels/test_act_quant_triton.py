@@ -55,6 +55,50 @@ def test_quantize_equals_reference(kernels, triton_device, num_format, dtype, sh
 
 
 @each_dtype
+@pytest.mark.parametrize("num_format", ["int4", "fp4"])
+@pytest.mark.parametrize("shape", [(3, 7), (5, 100), (2, 1000), (0, 8)], ids=str)
+def test_e4m3_codes_equal_int8_codes(kernels, triton_device, num_format, dtype, shape):
+    x_TD = gaussian(*shape, dtype=dtype)
+    codes, scale = kernels.quantize_triton(x_TD.to(triton_device), num_format, code_dtype=torch.float8_e4m3fn)
+    assert codes.dtype == torch.float8_e4m3fn
+    expected, expected_scale = REFERENCES[num_format](x_TD)
+    assert torch.equal(codes.cpu().view(torch.int8), expected.to(torch.float8_e4m3fn).view(torch.int8))
+    assert_exact([scale], [expected_scale])
+
+
+@pytest.mark.parametrize("num_format", REFERENCES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_all_fractions_of_16_bit_numbers(kernels, triton_device, num_format, dtype):
+    """Every fraction at every size that rounds to a code other than 0, under the scales of 300 rows, half of them with
+    exact ties: for these types the quotient is not divided in full.
+    """
+    bits = 7 if dtype == torch.bfloat16 else 10
+    fractions = 1 + torch.arange(2**bits) / 2**bits
+    sizes = 2.0 ** -torch.arange(9 if bits == 7 else 5)
+    largest = torch.rand(300, 1, generator=torch.Generator().manual_seed(8)) + 1
+    largest[::2] = (torch.arange(150)[:, None] % 128) / 128 + 1
+    x_TD = (sizes[:, None] * fractions).flatten().repeat(300, 1)
+    x_TD = torch.cat([x_TD, largest * 2], dim=1).to(dtype)
+    result = kernels.quantize_triton(x_TD.to(triton_device), num_format)
+    assert_exact(result, REFERENCES[num_format](x_TD))
+
+
+@pytest.mark.parametrize("num_format", REFERENCES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_largest_numbers_of_16_bits(kernels, triton_device, num_format, dtype):
+    """Scales whose reciprocal is nearly denormal, and one outlier in a long row."""
+    limits = torch.finfo(dtype)
+    x_TD = (gaussian(4, 200).clamp(-1, 1) * limits.max).to(dtype)
+    x_TD[1] = limits.max
+    x_TD[2], x_TD[2, 9] = 0, limits.min
+    x_TD[3] = gaussian(200).sign() * limits.smallest_normal
+    assert_exact(kernels.quantize_triton(x_TD.to(triton_device), num_format), REFERENCES[num_format](x_TD))
+    outlier_TD = torch.zeros(1, 14336, dtype=dtype)
+    outlier_TD[0, 14000] = -100
+    assert_exact(kernels.quantize_triton(outlier_TD.to(triton_device), num_format), REFERENCES[num_format](outlier_TD))
+
+
+@each_dtype
 @pytest.mark.parametrize(("shape", "groups"), [((5, 24), 4), ((3, 2, 35), 5), ((4, 6), 6)], ids=str)
 def test_int8_groups_equal_reference(kernels, triton_device, dtype, shape, groups):
     x_TD = gaussian(*shape, dtype=dtype)
@@ -153,6 +197,9 @@ def test_public_functions_on_a_gpu_equal_cpu(dtype):
     x_TD = gaussian(64, 11008, dtype=dtype)
     for quantize in (quantize_int4, quantize_int8, quantize_fp4):
         assert_exact(quantize(x_TD.cuda()), quantize(x_TD))
+    for quantize in (quantize_int4, quantize_fp4):
+        codes, _ = quantize(x_TD.cuda(), torch.float8_e4m3fn)
+        assert_exact([codes.to(torch.int8)], [quantize(x_TD)[0]])
     codes, scale = quantize_int8(x_TD, groups=8)
     assert_exact(quantize_int8(x_TD.cuda(), groups=8), (codes, scale))
     assert_exact([int8_codes(x_TD.cuda(), scale.cuda())], [codes])

@@ -8,8 +8,12 @@ import pytest
 import torch
 
 from bitmoe_kernels.act_quant import quantize_fp4, quantize_int4, quantize_int8
-from bitmoe_kernels.norm_quant import rms_norm_quantize, sub_norm_quantize
-from bitmoe_kernels.norm_quant.reference import rms_norm_quantize_reference, sub_norm_quantize_reference
+from bitmoe_kernels.norm_quant import rms_norm, rms_norm_quantize, sub_norm_quantize
+from bitmoe_kernels.norm_quant.reference import (
+    rms_norm_quantize_reference,
+    rms_norm_reference,
+    sub_norm_quantize_reference,
+)
 from bitmoe_kernels.sparsify import topk_mask
 
 EPS = 1e-5
@@ -133,24 +137,72 @@ def test_triton_marks_a_nonfinite_token(kernels, triton_device, num_format, bad)
     assert_exact(result, rms_norm_quantize_reference(x_TD, gain_D, EPS, num_format))
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (63, 130), (128, 64), (3, 1)], ids=str)
-def test_triton_transpose(kernels, triton_device, shape):
-    codes = torch.randint(-128, 128, shape, generator=torch.Generator().manual_seed(1), dtype=torch.int8)
-    transposed = kernels.transpose_codes_triton(codes.to(triton_device))
-    assert transposed.is_contiguous()
-    assert torch.equal(transposed.cpu(), codes.T)
+@each_dtype
+@pytest.mark.parametrize("num_format", ["int4", "fp4"])
+def test_e4m3_codes_and_normalized_activations(kernels, triton_device, num_format, dtype):
+    """Both options at once: e4m3 codes are the int8 codes, y is that of the norm alone."""
+    x_TD, gain_D = gaussian(9, 72, dtype=dtype) * 3, gain(72)
+    result = kernels.norm_quantize_triton(
+        x_TD.to(triton_device),
+        gain_D.to(triton_device),
+        EPS,
+        num_format,
+        code_dtype=torch.float8_e4m3fn,
+        with_normalized=True,
+    )
+    codes, scale, rstd = rms_norm_quantize_reference(x_TD, gain_D, EPS, num_format)
+    assert result[0].dtype == torch.float8_e4m3fn
+    y_TD = rms_norm_reference(x_TD, gain_D, EPS)[0]
+    assert_exact((result[0].cpu().to(torch.int8), *result[1:]), (codes, scale, rstd, y_TD))
+    public = rms_norm_quantize(x_TD, gain_D, EPS, num_format, torch.float8_e4m3fn, with_normalized=True)
+    assert public[0].dtype == torch.float8_e4m3fn
+    assert_exact((public[0].to(torch.int8), *public[1:]), (codes, scale, rstd, y_TD))
 
 
-def test_transposed_codes_of_any_leading_dimensions():
-    x_TD, gain_D = gaussian(2, 3, 10), gain(10)
-    for result in (
-        rms_norm_quantize(x_TD, gain_D, EPS, transposed=True),
-        sub_norm_quantize(x_TD, gain_D, EPS, groups=2, keep=0.5, transposed=True),
-    ):
-        assert result[3].is_contiguous()
-        assert torch.equal(result[3], result[0].reshape(6, 10).T)
-    assert rms_norm_quantize(x_TD[0, 0], gain_D, EPS, transposed=True)[3].shape == (10, 1)
-    assert rms_norm_quantize(torch.zeros(0, 10), gain_D, EPS, transposed=True)[3].shape == (10, 0)
+@each_dtype
+@each_gain_dtype
+@pytest.mark.parametrize("shape", [(3, 1), (70, 60), (2, 3, 33), (1, 5460)], ids=str)
+def test_triton_rms_norm_alone_equals_reference(kernels, triton_device, dtype, gain_dtype, shape):
+    x_TD, gain_D = gaussian(*shape, dtype=dtype) * 3, gain(shape[-1], gain_dtype)
+    result = kernels.rms_norm_triton(x_TD.to(triton_device), gain_D.to(triton_device), EPS)
+    assert_exact(result, rms_norm_reference(x_TD, gain_D, EPS))
+    assert_exact(rms_norm(x_TD, gain_D, EPS), rms_norm_reference(x_TD, gain_D, EPS))
+
+
+@each_dtype
+@pytest.mark.parametrize("eps", [0.0, 1e-5])
+def test_triton_rms_norm_of_extreme_rows(kernels, triton_device, dtype, eps):
+    """Rows that leave the fast sum of squares: zeros, squares that underflow or overflow, Inf, NaN."""
+    largest = torch.finfo(dtype).max
+    x_TD = gaussian(9, 40, dtype=dtype)
+    x_TD[0] = 0
+    x_TD[1] *= 1e-20
+    x_TD[2] = x_TD[2].sign() * torch.finfo(dtype).smallest_normal
+    x_TD[3] = largest
+    x_TD[4, 7] = largest / 2
+    x_TD[5, 1] = math.inf
+    x_TD[6, 39] = math.nan
+    x_TD[7, ::2] = 0
+    result = kernels.rms_norm_triton(x_TD.to(triton_device), gain(40).to(triton_device), eps)
+    assert_exact(result, rms_norm_reference(x_TD, gain(40), eps))
+
+
+def test_zero_and_one_token(kernels, triton_device):
+    gain_D = gain(10)
+    for shape in ((0, 10), (2, 0, 10)):
+        x_TD = torch.zeros(shape)
+        for result in (
+            rms_norm_quantize(x_TD, gain_D, EPS, with_normalized=True),
+            kernels.norm_quantize_triton(
+                x_TD.to(triton_device), gain_D.to(triton_device), EPS, "int8", with_normalized=True
+            ),
+        ):
+            assert [part.shape[-1] for part in result] == [10, 1, 1, 10]
+            assert all(part.shape[:-1] == x_TD.shape[:-1] for part in result)
+        assert rms_norm(x_TD, gain_D, EPS)[0].shape == x_TD.shape
+    codes, scale, rstd = sub_norm_quantize(gaussian(10), gain_D, EPS, groups=5)
+    assert codes.shape == (10,)
+    assert scale.shape == rstd.shape == (5,)
 
 
 @pytest.mark.parametrize(
@@ -165,6 +217,11 @@ def test_transposed_codes_of_any_leading_dimensions():
         (lambda: sub_norm_quantize(torch.ones(2, 6), torch.ones(6), EPS, keep=1.1), r"keep=1\.1"),
         (lambda: rms_norm_quantize(torch.tensor([[1.0, math.nan]]), torch.ones(2), EPS), "1 non-finite"),
         (lambda: sub_norm_quantize(torch.tensor([[1.0, math.inf]]), torch.ones(2), EPS), "1 non-finite"),
+        (lambda: rms_norm(torch.ones(2, 6), torch.ones(5), EPS), r"gain of shape \[5\]"),
+        (
+            lambda: rms_norm_quantize(torch.ones(2, 6), torch.ones(6), EPS, "int8", torch.float8_e4m3fn),
+            "float8_e4m3fn of int8",
+        ),
     ],
 )
 def test_bad_values_raise(call, message):
@@ -186,9 +243,12 @@ def test_public_functions_on_a_gpu_equal_cpu(num_format, dtype):
     """The rows of real models."""
     x_TD, gain_D = gaussian(64, 4096, dtype=dtype), gain(4096, dtype)
     assert_exact(
-        rms_norm_quantize(x_TD.cuda(), gain_D.cuda(), EPS, num_format, transposed=True),
-        rms_norm_quantize(x_TD, gain_D, EPS, num_format, transposed=True),
+        rms_norm_quantize(x_TD.cuda(), gain_D.cuda(), EPS, num_format, with_normalized=True),
+        rms_norm_quantize(x_TD, gain_D, EPS, num_format, with_normalized=True),
     )
+    if num_format != "int8":
+        codes, _, _ = rms_norm_quantize(x_TD.cuda(), gain_D.cuda(), EPS, num_format, torch.float8_e4m3fn)
+        assert_exact([codes.to(torch.int8)], [rms_norm_quantize(x_TD, gain_D, EPS, num_format)[0]])
     x_TD, gain_D = gaussian(64, 11008, dtype=dtype), gain(11008, dtype)
     for groups, keep in ((1, 0.5), (8, 1.0)):
         assert_exact(

@@ -35,7 +35,7 @@ def gaussian(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 @each_dtype
 @pytest.mark.parametrize("keep", [0.03, 0.5, 0.77, 1.0])
-@pytest.mark.parametrize("shape", [(2, 33), (600, 63), (2, 3, 100), (2, 1000)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 33), (70, 63), (2, 3, 100), (2, 1000)], ids=str)
 def test_topk_mask_equals_reference(topk_mask_triton, dtype, keep, shape):
     """Odd sizes, several programs; wide rows of bf16 hold many equal magnitudes."""
     x_TD = gaussian(*shape, dtype=dtype)

@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from bitmoe.config.schema import ActFormat, BitStage, ModelConfig, MoEConfig, ParallelConfig, QuantConfig
+from bitmoe.config.schema import (
+    ActFormat,
+    BackwardFormat,
+    BitStage,
+    ModelConfig,
+    MoEConfig,
+    ParallelConfig,
+    QuantConfig,
+)
 from bitmoe.layers.bit_linear import ColumnBitLinear, RowBitLinear, group_ids
 from bitmoe.layers.context import LayerContext
 from bitmoe.parallel.process_groups import make_groups, start
@@ -17,13 +25,13 @@ from bitmoe_kernels.weight_quant import ternarize
 TOKENS, INPUTS, OUTPUTS = 6, 32, 16
 
 
-def make_context(groups, dtype=torch.float64):
+def make_context(groups, backward_format, dtype):
     start()
     stage = BitStage(qkv=ActFormat.int4, o_keep=0.5, gate_up=ActFormat.int4)
     return LayerContext(
         model=ModelConfig(sub_norm=False),
         moe=MoEConfig(),
-        policy=QuantPolicy(QuantConfig(groups=groups, stages=[stage])),
+        policy=QuantPolicy(QuantConfig(groups=groups, backward=backward_format, stages=[stage])),
         groups=make_groups(ParallelConfig()),
         sequence_parallel=False,
         recompute_attention=False,
@@ -41,19 +49,19 @@ def make_input():
     return w_OI, x_TI, grad_TO
 
 
-def run_column(groups):
-    w_OI, x_TI, grad_TO = make_input()
+def run_column(groups, backward_format=BackwardFormat.bf16, dtype=torch.float64):
+    context = make_context(groups, backward_format, dtype)
     projection_O = torch.tensor([0, 1]).repeat_interleave(OUTPUTS // 2)
-    linear = ColumnBitLinear((OUTPUTS, INPUTS), 0, projection_O, "qkv", make_context(groups))
-    return backward(linear, w_OI, x_TI, grad_TO)
+    return backward(ColumnBitLinear((OUTPUTS, INPUTS), 0, projection_O, "qkv", context), dtype)
 
 
-def run_row(groups):
-    w_OI, x_TI, grad_TO = make_input()
-    return backward(RowBitLinear(OUTPUTS, INPUTS, "o", make_context(groups)), w_OI, x_TI, grad_TO)
+def run_row(groups, backward_format=BackwardFormat.bf16, dtype=torch.float64):
+    context = make_context(groups, backward_format, dtype)
+    return backward(RowBitLinear(OUTPUTS, INPUTS, "o", context), dtype)
 
 
-def backward(linear, w_OI, x_TI, grad_TO):
+def backward(linear, dtype):
+    w_OI, x_TI, grad_TO = (tensor.to(dtype) for tensor in make_input())
     linear.weight.data.copy_(w_OI)
     x_SBI = x_TI.unsqueeze(1).requires_grad_()
     y_SBO = linear(x_SBI)
@@ -88,6 +96,19 @@ def test_row(groups, ranks):
     torch.testing.assert_close(grad_x_TI, grad_TO @ w_hat_OI)
     assert (grad_x_TI[~mask_TI] != 0).all()
     torch.testing.assert_close(grad_w_OI, grad_TO.T @ x_hat_TI)
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("run", [run_column, run_row], ids=["column", "row"])
+def test_backward_8bit(run, groups, ranks):
+    """The same forward; gradients of a rounded dY, as dense and unmasked as the others."""
+    [(wanted_y_TO, *wanted)] = ranks(1).run(run, groups, BackwardFormat.bf16, torch.float32)
+    [(y_TO, *grads)] = ranks(1).run(run, groups, BackwardFormat["8bit"], torch.float32)
+    assert torch.equal(y_TO, wanted_y_TO)
+    for grad, exact in zip(grads, wanted, strict=True):
+        assert torch.cosine_similarity(grad.flatten(), exact.flatten(), 0) > 0.999
+        assert 1e-4 < (grad - exact).norm() / exact.norm() < 0.06
+    assert (grads[0] != 0).all()
 
 
 def test_group_ids():

@@ -1,12 +1,15 @@
 """The trip of tokens to their experts: nothing is lost on it, and the way back is its adjoint."""
 
+import itertools
+
 import pytest
 import torch
 import torch.distributed as dist
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
 from bitmoe.config.schema import Config, ModelConfig, MoEConfig, ParallelConfig, Precision, RunConfig
-from bitmoe.layers.dispatch import Dispatch
+from bitmoe.layers.dispatch import Dispatch, make_dispatch
+from bitmoe.layers.local_dispatch import LocalDispatch
 from bitmoe.model.transformer_config import make_transformer_config
 from bitmoe.parallel.process_groups import make_groups, start
 
@@ -16,12 +19,12 @@ TOKENS, EXPERTS, HIDDEN = 6, 4, 8
 LAYOUTS = {"EP2": ParallelConfig(expert=2), "ETP2": ParallelConfig(expert_tensor=2), "EP1": ParallelConfig()}
 
 
-def make_dispatch(parallel, generator):
+def make_dispatcher(parallel, capacity_factor=None):
     start()
     config = make_transformer_config(
         Config(
             model=ModelConfig(hidden_size=HIDDEN, num_attention_heads=2, vocab_size=10),
-            moe=MoEConfig(num_experts=EXPERTS, ffn_hidden_size=8),
+            moe=MoEConfig(num_experts=EXPERTS, ffn_hidden_size=8, capacity_factor=capacity_factor),
             parallel=parallel,
             run=RunConfig(precision=Precision.fp32),
         )
@@ -29,23 +32,27 @@ def make_dispatch(parallel, generator):
     groups = make_groups(parallel)
     num_local = EXPERTS // parallel.expert
     first = groups.ep.rank() * num_local
-    dispatcher = MoEAlltoAllTokenDispatcher(
+    return MoEAlltoAllTokenDispatcher(
         num_local, list(range(first, first + num_local)), config=config, pg_collection=groups.mcore
     )
+
+
+def random_dispatch(parallel, generator):
     # Expert 2 gets no token at all.
     scores_TE = torch.rand(TOKENS, EXPERTS, generator=generator)
     scores_TE[:, 2] = -1.0
     routing_map_TE = torch.zeros(TOKENS, EXPERTS).scatter(1, scores_TE.topk(2).indices, 1).bool()
-    return Dispatch(dispatcher, routing_map_TE), routing_map_TE
+    return Dispatch(make_dispatcher(parallel), routing_map_TE), routing_map_TE
 
 
 def round_trip(parallel):
-    """Inner products of both sides, and the trip of int8 codes beside that of the same numbers in fp32."""
+    """Inner products of both sides, and the trip of int8 codes and e4m3 beside that of the same numbers in fp32."""
     generator = torch.Generator().manual_seed(dist.get_rank())
-    dispatch, routing_map_TE = make_dispatch(parallel, generator)
+    dispatch, routing_map_TE = random_dispatch(parallel, generator)
     x_TH = torch.randint(-8, 8, (TOKENS, HIDDEN), generator=generator, dtype=torch.int8)
     scale_T1 = torch.rand(TOKENS, 1, generator=generator)
     codes_RH, scale_R1 = dispatch.send(x_TH, scale_T1)
+    floats_RH, _ = dispatch.send(x_TH.to(torch.float8_e4m3fn), scale_T1)
     values_RH, _ = dispatch.send(x_TH.float(), scale_T1)
     y_RH = torch.randn(codes_RH.shape, generator=generator, dtype=torch.float64)
     home_TH = dispatch.send_back(y_RH)
@@ -56,8 +63,11 @@ def round_trip(parallel):
     scaled_RH = codes_RH * scale_R1 / parallel.expert_tensor
     return {
         "products": products.tolist(),
-        "counts": dispatch.counts_E.tolist(),
+        "counts": dispatch.ends_E.diff(prepend=dispatch.ends_E.new_zeros(1)).tolist(),
+        "ends": dispatch.ends_E,
+        "experts": dispatch.expert_R,
         "same codes": codes_RH.dtype == torch.int8 and torch.equal(codes_RH.float(), values_RH),
+        "same floats": floats_RH.dtype == torch.float8_e4m3fn and torch.equal(floats_RH.float(), values_RH),
         "combined": dispatch.combine(scaled_RH, probs_TE),
         "wanted": x_TH * scale_T1 * probs_TE.sum(1, keepdim=True),
     }
@@ -70,6 +80,10 @@ def test_round_trip(name, world_size, ranks):
         sent, returned = result["products"]
         assert sent == pytest.approx(returned, rel=1e-12)
         assert result["same codes"]
+        assert result["same floats"]
+        assert result["ends"].dtype == result["experts"].dtype == torch.int32
+        assert result["ends"].tolist() == list(itertools.accumulate(result["counts"]))
+        assert result["experts"].tolist() == [e for e, count in enumerate(result["counts"]) for _ in range(count)]
         # Experts that return what they got: every token comes home, with its own scale, times its probabilities.
         torch.testing.assert_close(result["combined"], result["wanted"])
     parallel = LAYOUTS[name]
@@ -83,7 +97,7 @@ def test_round_trip(name, world_size, ranks):
 def two_in_flight():
     """Two forwards before either goes back, as pipelines do: each takes the way of its own routing."""
     generator = torch.Generator().manual_seed(dist.get_rank())
-    first, routing_map_TE = make_dispatch(LAYOUTS["EP2"], generator)
+    first, routing_map_TE = random_dispatch(LAYOUTS["EP2"], generator)
     second = Dispatch(first._dispatcher, routing_map_TE.roll(1, 0))
     x_TH = torch.randn(TOKENS, HIDDEN, generator=generator)
     ones_T1 = torch.ones(TOKENS, 1)
@@ -96,3 +110,16 @@ def test_two_trips_do_not_mix(ranks):
     for x_TH, back_first, back_second in ranks(2).run(two_in_flight):
         torch.testing.assert_close(back_first, 2 * x_TH)
         torch.testing.assert_close(back_second, 2 * x_TH)
+
+
+def chosen_class(parallel, capacity_factor):
+    routing_map_TE = torch.tensor([[True, False, False, True]]).expand(TOKENS, EXPERTS)
+    return type(make_dispatch(make_dispatcher(parallel, capacity_factor), routing_map_TE))
+
+
+@pytest.mark.parametrize(
+    ("name", "capacity_factor", "wanted"),
+    [("EP1", None, LocalDispatch), ("EP1", 1.0, Dispatch), ("EP2", None, Dispatch), ("ETP2", None, Dispatch)],
+)
+def test_whole_dropless_experts_stay_local(name, capacity_factor, wanted, ranks):
+    assert ranks(2).run(chosen_class, LAYOUTS[name], capacity_factor) == [wanted, wanted]

@@ -1,16 +1,23 @@
 """Memory against what the engine really allocates, and against the bytes that autograd really saves."""
 
 import dataclasses
+import weakref
 
 import pytest
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from bitmoe.config.compose import compose
+from bitmoe.layers.code_product import gradients
+from bitmoe.layers.dispatch import Dispatch
+from bitmoe.layers.local_dispatch import LocalDispatch
 from bitmoe.model.activations import Activations
 from bitmoe.model.memory import checkpoint_bytes, layers_in_flight, packed_bytes, rank_memory
-from bitmoe.model.sizes import padded_vocab_size, with_vocab_size
-from bitmoe.quant.ternary_codes import CodeCache
+from bitmoe.model.sizes import with_vocab_size
+from bitmoe.quant.ternary_codes import CodeCache, WeightOperands
 from bitmoe.testing.parity import make_engine, random_batches
 
 # All sizes of these models are multiples of what megatron-core pads its buffers to.
@@ -18,7 +25,14 @@ SHORT = ["model.num_layers=4", "context.seq_length=128", "run.micro_batch_size=2
 LAYOUTS = {
     "single": (1, ["parallel=single"]),
     "dense bf16": (1, ["parallel=single", "moe=none", "quant.groups=1", "run.precision=bf16"]),
+    "8bit": (1, ["parallel=single", "quant.backward=8bit"]),
+    # Output rows of gate and up are padded to a multiple of 16; without sub-norms, whose gains have odd sizes here.
+    "8bit padded": (
+        1,
+        ["parallel=single", "quant.backward=8bit", "moe=none", "model.ffn_hidden_size=516", "model.sub_norm=false"],
+    ),
     "tp2 ep2 bf16": (2, ["parallel=tp2_ep2", "run.precision=bf16"]),
+    "tp2 ep2 8bit": (2, ["parallel=tp2_ep2", "quant.backward=8bit"]),
     "dp2 bf16": (2, ["parallel=single", "run.precision=bf16", "run.micro_batch_size=1"]),
     "pp2 tied": (2, ["parallel=pp2", "moe=none", "model.tie_embeddings=true"]),
 }
@@ -32,7 +46,10 @@ def storages(tensors):
 def code_tensors(engine):
     modules = [module for model in engine.models for module in model.modules()]
     caches = [value for module in modules for value in vars(module).values() if isinstance(value, CodeCache)]
-    return [tensor for cache in caches if engine.policy.is_ternary for tensor in cache.get()]
+    if not engine.policy.is_ternary:
+        return []
+    operands = [cache.operands(torch.int8, engine.policy.is_backward_8bit) for cache in caches]
+    return [tensor for parts in operands for tensor in parts if tensor is not None]
 
 
 def allocated(config):
@@ -73,8 +90,27 @@ def saved_bytes(config):
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
         loss = model(batch["tokens"], positions, None, labels=batch["labels"])
     own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *code_tensors(engine)]}
-    del loss
+    saved += kept_by_dispatch(loss.grad_fn)
     return storages([tensor for tensor in saved if tensor.untyped_storage().data_ptr() not in own])
+
+
+def kept_by_dispatch(last):
+    """Tensors in the trips that experts' autograd functions keep, of all nodes in front of the last."""
+    nodes, ahead = set(), [last]
+    while ahead:
+        node = ahead.pop()
+        if node is not None and node not in nodes:
+            nodes.add(node)
+            ahead += [before for before, _ in node.next_functions]
+    return tensors_in([getattr(node, "dispatch", None) for node in nodes])
+
+
+def tensors_in(value):
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, (Dispatch, LocalDispatch, MoEAlltoAllTokenDispatcher)):
+        value = list(vars(value).values())
+    return [t for part in value for t in tensors_in(part)] if isinstance(value, (list, tuple)) else []
 
 
 @pytest.mark.parametrize(
@@ -88,6 +124,8 @@ def saved_bytes(config):
         (1, ["parallel=single", "quant=none", "run.precision=bf16"]),
         (2, ["parallel=tp2_ep2", "run.precision=bf16"]),
         (2, ["parallel=tp2_ep2", "parallel.expert=1", "parallel.expert_tensor=2"]),
+        (2, ["parallel=tp2_ep2", "parallel.expert=1", "parallel.expert_tensor=2", "quant.groups=1"]),
+        (1, ["parallel=single", "model.activation=swiglu", "moe.score=sigmoid", "moe.balancing=seq_aux_loss"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else f"{value} ranks",
 )
@@ -95,8 +133,7 @@ def test_activations_are_what_autograd_saves(ranks, world_size, overrides):
     """Within 1 %, on the mean of the ranks: routing is not quite even."""
     config = with_vocab_size(compose([*SHORT, *overrides]))
     actual = ranks(world_size).run(saved_bytes, config)
-    softmax = 4 * Activations(config).tokens * padded_vocab_size(config.model) // config.parallel.tensor
-    predicted = rank_memory(config, world_size, 0).activations + softmax
+    predicted = rank_memory(config, world_size, 0).activations + Activations(config).logits()
     assert predicted == pytest.approx(sum(actual) / world_size, rel=0.01)
 
 
@@ -107,6 +144,53 @@ def test_recomputed_layers_keep_their_input(ranks):
     activations = Activations(config)
     predicted = rank_memory(config, 1, 0).activations - activations.saved_by_layer() + activations.logits()
     assert predicted == pytest.approx(actual, rel=0.02)
+
+
+class PeakBytes(TorchDispatchMode):
+    """The most bytes of new tensors that are there at the same time."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.peak = {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for storage in (tensor.untyped_storage() for tensor in tree_leaves(out)):
+            key = storage._cdata
+            if key not in self.alive and key not in given:
+                self.alive[key] = storage.nbytes()
+                weakref.finalize(storage, self.alive.pop, key)
+        self.peak = max(self.peak, sum(self.alive.values()))
+        return out
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+@pytest.mark.parametrize(("hidden_size", "width"), [(256, 512), (512, 128)])
+@pytest.mark.parametrize(("num_tokens", "groups"), [(64, 1), (512, 1), (512, 2)])
+def test_temporaries_are_what_the_backward_pass_allocates(precision, dtype, hidden_size, width, num_tokens, groups):
+    """Within 1 %, for the largest of the four products."""
+    model = [f"model.hidden_size={hidden_size}", f"model.ffn_hidden_size={width}", f"quant.groups={groups}"]
+    run = [f"run.precision={precision}", f"context.seq_length={num_tokens}", "run.micro_batch_size=1"]
+    config = with_vocab_size(compose(["moe=none", "parallel=single", *model, *run]))
+    columns = [(hidden_size, 2 * hidden_size), (hidden_size, 2 * width)]
+    rows = [(hidden_size, hidden_size), (width, hidden_size)]
+    peak = max(
+        *(backward_peak(num_tokens, *sizes, 1, dtype, is_column=True) for sizes in columns),
+        *(backward_peak(num_tokens, *sizes, groups, dtype, is_column=False) for sizes in rows),
+    )
+    assert Activations(config).temporaries() == pytest.approx(peak, rel=0.01)
+
+
+def backward_peak(num_tokens, num_inputs, num_outputs, groups, dtype, *, is_column):
+    """Bytes of a product's backward pass, with the gradient it is given."""
+    dy = torch.ones(num_tokens, num_outputs, dtype=dtype)
+    codes = torch.ones(num_tokens, num_inputs, dtype=torch.int8)
+    rows = torch.ones(num_outputs, num_inputs, dtype=torch.int8)
+    weight = WeightOperands(rows, None, torch.ones(num_outputs if is_column else groups))
+    with PeakBytes() as measured:
+        gradients(dy, codes, torch.ones(num_tokens, groups), weight, is_column)
+    return measured.peak + dy.nbytes
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import torch
 
 from bitmoe.config.schema import (
     ActFormat,
+    BackwardFormat,
     Balancing,
     BitStage,
     Config,
@@ -128,6 +129,69 @@ def test_bf16(model, ranks):
     assert step["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=5e-2)
     assert all(torch.equal(step["codes"][name], codes) for name, codes in wanted["codes"].items())
     assert all(grad.isfinite().all() for grad in step["grads"].values())
+
+
+def with_quant(config, **changes):
+    return replace(config, quant=replace(config.quant, **changes))
+
+
+def with_8bit_backward(config):
+    return with_quant(config, backward=BackwardFormat["8bit"])
+
+
+def cosines(step, wanted):
+    return {
+        name: torch.cosine_similarity(step["grads"][name].flatten(), grad.flatten(), 0).item()
+        for name, grad in wanted["grads"].items()
+    }
+
+
+TP2_SP, EP2 = ParallelConfig(tensor=2, sequence=True), ParallelConfig(expert=2)
+# Name: model, groups, ranks, layout.
+CASES_8BIT = {
+    "dense": ("dense", 4, 1, ParallelConfig()),
+    "dense TP2 SP": ("dense", 4, 2, TP2_SP),
+    "dense TP2 SP G=1": ("dense", 1, 2, TP2_SP),
+    "moe": ("moe", 4, 1, ParallelConfig()),
+    "moe TP2 SP EP2": ("moe", 4, 2, TP2_EP2),
+    "moe ETP2 G=1": ("moe", 1, 2, ParallelConfig(expert_tensor=2)),
+}
+
+
+@pytest.mark.parametrize("case", CASES_8BIT)
+def test_8bit_backward(case, ranks):
+    """The same loss; in every layout gradients that differ from the exact ones by what rounding to 8 bits adds.
+
+    A rank rounds the gradient of its own outputs, so where tensor parallelism splits them, layouts round differently;
+    the embedding's gradient has passed through the roundings of all layers.
+    """
+    model, groups, world_size, parallel = CASES_8BIT[case]
+    exact = with_quant(MODELS[model], groups=groups)
+    config = replace(with_8bit_backward(exact), parallel=parallel)
+    [wanted], step = ranks(1).run(first_step, exact), ranks(world_size).run(first_step, config)[0]
+    assert step["loss"] == pytest.approx(wanted["loss"], rel=1e-6)
+    assert step["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=5e-3)
+    assert min(cosines(step, wanted).values()) > 0.998
+    distances = grad_distances(step, wanted)
+    assert max(distances.values()) < 0.06
+    assert distances["embedding.word_embeddings.weight"] > 1e-3
+
+
+def test_8bit_backward_where_outputs_stay_whole(ranks):
+    """Data-parallel ranks round as one rank does; experts' blocks of tokens are then those of two ranks' tokens."""
+    config = with_8bit_backward(MODELS["moe"])
+    [wanted] = ranks(1).run(first_step, config)
+    dp2, ep2 = (ranks(2).run(first_step, replace(config, parallel=p))[0] for p in (ParallelConfig(), EP2))
+    assert max(grad_distances(dp2, wanted).values()) < 1e-5
+    assert min(cosines(ep2, wanted).values()) > 0.999
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_8bit_backward_trains_alike(model, ranks):
+    """Twenty steps stay within 0.02 nats of those with the exact backward."""
+    curves = [ranks(1).run(loss_curve, config, 20)[0] for config in (MODELS[model], with_8bit_backward(MODELS[model]))]
+    assert curves[1] != curves[0]
+    assert curves[1] == pytest.approx(curves[0], abs=0.02)
 
 
 def times_codes_are_made(config):

@@ -32,8 +32,17 @@ def test_activations_are_counted_while_recording(statistics):
     assert statistics.collect(CPU) == {}
 
 
-def test_weights_are_counted_once_a_value(statistics):
-    statistics.add_weights("o", int8(0, 1, -1, 0), None)
+def test_activations_may_be_float8(statistics):
+    statistics.recording = True
+    statistics.add_activations("qkv", int8(0, -8, 7, 6).to(torch.float8_e4m3fn), ActFormat.int4)
+    assert statistics.collect(CPU) == {"sparsity/qkv": 1 / 4, "clipped/qkv": 2 / 4}
+
+
+def test_weights_are_added_up(statistics):
+    statistics.add_weights("o", torch.tensor([2, 0, 4]))
     assert statistics.collect(CPU) == {"zeros/o": 0.5, "flips/o": 0.0}
-    statistics.add_weights("o", int8(1, 1, -1, -1), int8(0, 1, -1, 1))
-    assert statistics.collect(CPU) == {"zeros/o": 0.0, "flips/o": 0.5}
+    statistics.add_weights("o", torch.tensor([0, 2, 4]))
+    statistics.add_weights("o", torch.tensor([6, 1, 12]))
+    statistics.add_weights("down", torch.tensor([1, 1, 1]))
+    assert statistics.collect(CPU) == {"zeros/o": 6 / 16, "flips/o": 3 / 16, "zeros/down": 1.0, "flips/down": 1.0}
+    assert statistics.collect(CPU) == {}

@@ -22,26 +22,28 @@ from bitmoe_kernels.validation import check_features, check_floating, check_grou
 
 
 @torch.no_grad()
-def quantize_int4(x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_int4(x_TD: torch.Tensor, code_dtype: torch.dtype = torch.int8) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize each token to INT4 by its mean magnitude (BitNet a4.8, eq. 7).
 
     Args:
         x_TD: activations [..., D].
+        code_dtype: int8, or float8_e4m3fn, which holds these codes exactly and which FP8 tensor cores multiply.
 
     Returns:
-        codes: int8 [..., D] in [-8, 7].
+        codes: [..., D] of ``code_dtype``, in [-8, 7].
         scale: [..., 1] = mean|x| / sqrt(7), the mean at least 1e-5.
 
     Raises:
         TypeError: not a floating-point tensor.
-        ValueError: no feature, or (on CPU) NaN or Inf.
+        ValueError: no feature, another ``code_dtype``, or (on CPU) NaN or Inf.
     """
     check_features(x_TD, "x")
+    check_code_dtype(code_dtype, "int4")
     if runs_triton_by_row(x_TD):
-        return _triton_kernels().quantize_triton(x_TD, "int4")
+        return _triton_kernels().quantize_triton(x_TD, "int4", code_dtype=code_dtype)
     codes_TD, scale_T1 = quantize_int4_reference(x_TD)
     raise_on_nonfinite(scale_T1, x_TD, "x")
-    return codes_TD, scale_T1
+    return codes_TD.to(code_dtype), scale_T1
 
 
 @torch.no_grad()
@@ -70,7 +72,7 @@ def quantize_int8(x_TD: torch.Tensor, groups: int = 1) -> tuple[torch.Tensor, to
 
 
 @torch.no_grad()
-def quantize_fp4(x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_fp4(x_TD: torch.Tensor, code_dtype: torch.dtype = torch.int8) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize each token to FP4 E2M1 by its largest magnitude (BitNet a4.8, eq. 8).
 
     The E2M1 grid is 0, 0.5, 1, 1.5, 2, 3, 4, 6 and its negatives. The codes hold twice the grid value, so
@@ -78,21 +80,23 @@ def quantize_fp4(x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     Args:
         x_TD: activations [..., D].
+        code_dtype: int8, or float8_e4m3fn, which holds these codes exactly and which FP8 tensor cores multiply.
 
     Returns:
-        codes: int8 [..., D], each 0, 1, 2, 3, 4, 6, 8, 12 or its negative.
+        codes: [..., D] of ``code_dtype``, each 0, 1, 2, 3, 4, 6, 8, 12 or its negative.
         scale: [..., 1] = max|x| / 12, the maximum at least 1e-5.
 
     Raises:
         TypeError: not a floating-point tensor.
-        ValueError: no feature, or (on CPU) NaN or Inf.
+        ValueError: no feature, another ``code_dtype``, or (on CPU) NaN or Inf.
     """
     check_features(x_TD, "x")
+    check_code_dtype(code_dtype, "fp4")
     if runs_triton_by_row(x_TD):
-        return _triton_kernels().quantize_triton(x_TD, "fp4")
+        return _triton_kernels().quantize_triton(x_TD, "fp4", code_dtype=code_dtype)
     codes_TD, scale_T1 = quantize_fp4_reference(x_TD)
     raise_on_nonfinite(scale_T1, x_TD, "x")
-    return codes_TD, scale_T1
+    return codes_TD.to(code_dtype), scale_T1
 
 
 @torch.no_grad()
@@ -145,6 +149,12 @@ def int8_codes(x_TD: torch.Tensor, scale_TG: torch.Tensor) -> torch.Tensor:
     if runs_triton_by_row(x_TD, scale_TG.shape[-1]) and scale_TG.dtype == torch.float32:
         return _triton_kernels().int8_codes_triton(x_TD, scale_TG)
     return int8_codes_reference(x_TD, scale_TG)
+
+
+def check_code_dtype(code_dtype: torch.dtype, num_format: str) -> None:
+    """Raise ValueError unless ``code_dtype`` holds the codes of ``num_format`` exactly."""
+    if code_dtype != torch.int8 and (code_dtype != torch.float8_e4m3fn or num_format == "int8"):
+        raise ValueError(f"code_dtype={code_dtype} of {num_format}: use int8, or float8_e4m3fn for int4 and fp4")
 
 
 def _triton_kernels():

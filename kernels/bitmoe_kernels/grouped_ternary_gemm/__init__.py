@@ -1,5 +1,29 @@
 """Products of integer activation codes with ternary weight codes, one weight matrix per group of rows."""
 
-from bitmoe_kernels.grouped_ternary_gemm.op import grouped_code_matmul, grouped_matmul, grouped_outer
+from bitmoe_kernels.grouped_ternary_gemm.backward import (
+    GroupedQuantizedGrad,
+    grouped_input_grad,
+    grouped_quantize_grad,
+    grouped_weight_grad,
+)
+from bitmoe_kernels.grouped_ternary_gemm.op import (
+    batched_k_major_codes,
+    grouped_code_matmul,
+    grouped_k_major_codes,
+    grouped_matmul,
+    grouped_outer,
+    grouped_scaled_code_matmul,
+)
 
-__all__ = ["grouped_code_matmul", "grouped_matmul", "grouped_outer"]
+__all__ = [
+    "GroupedQuantizedGrad",
+    "batched_k_major_codes",
+    "grouped_code_matmul",
+    "grouped_input_grad",
+    "grouped_k_major_codes",
+    "grouped_matmul",
+    "grouped_outer",
+    "grouped_quantize_grad",
+    "grouped_scaled_code_matmul",
+    "grouped_weight_grad",
+]

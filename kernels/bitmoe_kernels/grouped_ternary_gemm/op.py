@@ -1,14 +1,28 @@
-"""Public entries of the grouped products: torch's grouped kernel on GPUs, the loop over experts elsewhere.
+"""Public entries of the grouped products, for rows sorted by expert.
 
-``torch._grouped_mm`` takes bfloat16 only and rounds its result to bfloat16, so it serves bfloat16 models; there a sum
-of codes is rounded once (2**-9 relative) before its scales, where the float32 path keeps it exact.
+Codes of 8 bits with scales multiply on INT8 or FP8 tensor cores (``ends_E`` on the device, no size known to the host).
+Floating-point products, and codes where there are no such tensor cores, take torch's grouped kernel on GPUs and the
+loop over experts elsewhere. ``torch._grouped_mm`` takes bfloat16 only and rounds its result to bfloat16, so it serves
+bfloat16 models; there a sum of codes is rounded once (2**-9 relative) before its scales, where the float32 path keeps
+it exact.
 """
 
 import torch
 
-from bitmoe_kernels.grouped_ternary_gemm.reference import grouped_matmul_reference, grouped_outer_reference
+from bitmoe_kernels.grouped_ternary_gemm.float8_matmul import grouped_float8_matmul
+from bitmoe_kernels.grouped_ternary_gemm.reference import (
+    grouped_k_major_codes_reference,
+    grouped_matmul_reference,
+    grouped_outer_reference,
+    grouped_scaled_code_matmul_reference,
+    padded_rows,
+)
+from bitmoe_kernels.ternary_gemm.op import CODE_DTYPES, check_contracted, padded_groups, rows_contiguous
+from bitmoe_kernels.ternary_gemm.reference import k_major_codes_reference, padded_length
+from bitmoe_kernels.validation import check_groups
 
-# Shapes: R = rows (token copies, sorted by expert), E = experts, K = contracted features, N = output features.
+# Shapes: R = rows (token copies, sorted by expert), E = experts, K = contracted features, N = output features,
+#         I = inputs, O = outputs of the linear, G = groups of inputs, P = padded_rows(R, E).
 
 
 def _use_grouped_kernel(tensor: torch.Tensor, *widths: int) -> bool:
@@ -17,48 +31,44 @@ def _use_grouped_kernel(tensor: torch.Tensor, *widths: int) -> bool:
     return is_bfloat16 and len(tensor) > 0 and all(width % 8 == 0 for width in widths)
 
 
-def _ends(counts_E: torch.Tensor, device: torch.device) -> torch.Tensor:
-    return counts_E.cumsum(0).to(device=device, dtype=torch.int32)
-
-
-def grouped_matmul(x_RK: torch.Tensor, w_EKN: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
+def grouped_matmul(x_RK: torch.Tensor, w_EKN: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
     """Multiply each expert's rows with its own matrix.
 
     Args:
         x_RK: rows sorted by expert, [R, K].
         w_EKN: one matrix per expert, [E, K, N], same dtype.
-        counts_E: rows of each expert, int64 [E]; sums to R.
+        ends_E: int32 [E], where each expert's rows end; the last is R.
 
     Returns:
         [R, N], in the dtype of x_RK.
     """
     if _use_grouped_kernel(x_RK, x_RK.shape[1], w_EKN.shape[2]):
-        return torch._grouped_mm(x_RK, w_EKN, offs=_ends(counts_E, x_RK.device))
-    return grouped_matmul_reference(x_RK, w_EKN, counts_E)
+        return torch._grouped_mm(x_RK, w_EKN, offs=ends_E)
+    return grouped_matmul_reference(x_RK, w_EKN, ends_E)
 
 
-def grouped_outer(x_RK: torch.Tensor, y_RN: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
+def grouped_outer(x_RK: torch.Tensor, y_RN: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
     """Contract each expert's rows: x^T y per expert, [E, K, N]; zeros for experts without rows.
 
     Args:
         x_RK: rows sorted by expert, [R, K].
         y_RN: rows in the same order and dtype, [R, N].
-        counts_E: rows of each expert, int64 [E]; sums to R.
+        ends_E: int32 [E], where each expert's rows end; the last is R.
     """
     if _use_grouped_kernel(x_RK, x_RK.shape[1], y_RN.shape[1]):
-        return torch._grouped_mm(x_RK.T, y_RN, offs=_ends(counts_E, x_RK.device))
-    return grouped_outer_reference(x_RK, y_RN, counts_E)
+        return torch._grouped_mm(x_RK.T, y_RN, offs=ends_E)
+    return grouped_outer_reference(x_RK, y_RN, ends_E)
 
 
 def grouped_code_matmul(
-    x_RK: torch.Tensor, w_ENK: torch.Tensor, counts_E: torch.Tensor, dtype: torch.dtype = torch.float32
+    x_RK: torch.Tensor, w_ENK: torch.Tensor, ends_E: torch.Tensor, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
     """Multiply each expert's activation codes with its ternary codes.
 
     Args:
         x_RK: activation codes sorted by expert, int8 [R, K].
         w_ENK: weight codes in {-1, 0, 1}, int8 [E, N, K].
-        counts_E: rows of each expert, int64 [E]; sums to R.
+        ends_E: int32 [E], where each expert's rows end; the last is R.
         dtype: float32 for exact sums; bfloat16 rounds each sum once and uses the GPU's grouped kernel.
 
     Returns:
@@ -69,4 +79,158 @@ def grouped_code_matmul(
     """
     if x_RK.dtype != torch.int8 or w_ENK.dtype != torch.int8:
         raise TypeError(f"codes must be int8, got {x_RK.dtype} and {w_ENK.dtype}")
-    return grouped_matmul(x_RK.to(dtype), w_ENK.to(dtype).transpose(1, 2), counts_E)
+    return grouped_matmul(x_RK.to(dtype), w_ENK.to(dtype).transpose(1, 2), ends_E)
+
+
+def check_ends(ends_E: torch.Tensor) -> None:
+    """Raise unless these are the ends of one expert's rows or more, int32 [E]."""
+    if ends_E.dtype != torch.int32:
+        raise TypeError(f"ends must be int32, got {ends_E.dtype}: use counts.cumsum(0, dtype=torch.int32)")
+    if ends_E.dim() != 1 or not len(ends_E):
+        raise ValueError(f"ends of shape {list(ends_E.shape)} must be [E]: one end for each expert")
+
+
+@torch.no_grad()
+def grouped_scaled_code_matmul(
+    x_codes_RI: torch.Tensor,
+    x_scale_RG: torch.Tensor,
+    w_codes_EOI: torch.Tensor,
+    w_scale: torch.Tensor,
+    ends_E: torch.Tensor,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> torch.Tensor:
+    """Forward of the experts' ternary linears: ``scaled_code_matmul`` for each expert's rows (README eq. 1).
+
+    int8 codes give the reference's bits on every device. e4m3 codes (INT4 or FP4 activations) have exact sums too, and
+    may differ in the last bit of the output. On a GPU, groups whose size is no multiple of 16 are copied into
+    padded storage first.
+
+    Args:
+        x_codes_RI: activation codes [R, I], int8 or e4m3.
+        x_scale_RG: fp32 [R, G]; G equal blocks of the I inputs.
+        w_codes_EOI: ternary codes [E, O, I] of the same type.
+        w_scale: fp32; for G = 1 one scale [E, 1] or one per output [E, O], else one per group [E, G].
+        ends_E: int32 [E], where each expert's rows end.
+        out_dtype: of the result; e4m3 codes on a GPU give bf16 only.
+
+    Returns:
+        [R, O]; rows past ``ends_E[-1]`` are undefined.
+
+    Raises:
+        TypeError: types of codes that differ or are neither int8 nor e4m3, or ends that are not int32.
+        ValueError: shapes that do not fit; scales that are not fp32; e4m3 codes with G > 1, or on a GPU with another
+            ``out_dtype``.
+    """
+    num_groups = _check_forward(x_codes_RI, x_scale_RG, w_codes_EOI, w_scale, ends_E)
+    num_rows, (num_experts, num_outputs, _) = len(x_codes_RI), w_codes_EOI.shape
+    is_float8 = x_codes_RI.dtype == torch.float8_e4m3fn
+    if is_float8 and (num_groups > 1 or (x_codes_RI.is_cuda and out_dtype != torch.bfloat16)):
+        raise ValueError(f"e4m3 codes need one group and bf16 output, got {num_groups} and {out_dtype}: use int8")
+    w_scale_EOG = (w_scale.unsqueeze(1) if num_groups > 1 else w_scale.unsqueeze(2)).expand(-1, num_outputs, -1)
+    if not x_codes_RI.is_cuda:
+        return grouped_scaled_code_matmul_reference(x_codes_RI, x_scale_RG, w_codes_EOI, w_scale_EOG, ends_E, out_dtype)
+    x_codes_RI = padded_groups(x_codes_RI, num_groups)
+    w_codes_EOI = padded_groups(w_codes_EOI.flatten(0, 1), num_groups).unflatten(0, (num_experts, num_outputs))
+    if is_float8:
+        w_scale_EO = w_scale_EOG.squeeze(2)
+        return grouped_float8_matmul(x_codes_RI, x_scale_RG, w_codes_EOI, w_scale_EO, ends_E, fast_accum=False)
+    from bitmoe_kernels.grouped_ternary_gemm import triton_kernels
+
+    y_RO = x_codes_RI.new_empty(num_rows, num_outputs, dtype=out_dtype)
+    group_size = x_codes_RI.shape[1] // num_groups
+    triton_kernels.grouped_matmul(x_codes_RI, x_scale_RG, w_codes_EOI, w_scale_EOG, ends_E, group_size, y_RO)
+    return y_RO
+
+
+def _check_forward(x_codes_RI, x_scale_RG, w_codes_EOI, w_scale, ends_E) -> int:
+    """Raise where the operands do not fit; the number of groups."""
+    check_ends(ends_E)
+    if x_codes_RI.dtype not in CODE_DTYPES or w_codes_EOI.dtype != x_codes_RI.dtype:
+        raise TypeError(f"codes must all be int8 or all float8_e4m3fn, got {x_codes_RI.dtype} and {w_codes_EOI.dtype}")
+    if x_codes_RI.dim() != 2 or w_codes_EOI.dim() != 3 or len(w_codes_EOI) != len(ends_E):
+        raise ValueError(
+            f"codes of shapes {list(x_codes_RI.shape)} and {list(w_codes_EOI.shape)} must be [R, I] and "
+            f"[{len(ends_E)}, O, I]"
+        )
+    check_contracted(x_codes_RI, w_codes_EOI)
+    num_rows, num_inputs = x_codes_RI.shape
+    if x_scale_RG.dtype != torch.float32 or x_scale_RG.dim() != 2 or len(x_scale_RG) != num_rows:
+        raise ValueError(f"x_scale must be fp32 [{num_rows}, groups], got {x_scale_RG.dtype} {list(x_scale_RG.shape)}")
+    num_groups = x_scale_RG.shape[1]
+    check_groups(num_groups, num_inputs, "inputs")
+    num_experts, num_outputs, _ = w_codes_EOI.shape
+    fits = [(num_experts, size) for size in ({1, num_outputs} if num_groups == 1 else {num_groups})]
+    if w_scale.dtype != torch.float32 or w_scale.shape not in fits:
+        raise ValueError(
+            f"w_scale must be fp32 of shape {' or '.join(map(str, sorted(fits)))}, got {w_scale.dtype} "
+            f"{list(w_scale.shape)} for {num_groups} groups"
+        )
+    return num_groups
+
+
+@torch.no_grad()
+def grouped_k_major_codes(codes_RI: torch.Tensor, column_dtype: torch.dtype, ends_E: torch.Tensor) -> torch.Tensor:
+    """Transpose activation codes for the weight gradient, each expert's rows where ``grouped_quantize_grad`` puts them.
+
+    Args:
+        codes_RI: [R, I], e4m3, or int8; int8 to e4m3 takes magnitudes up to 16 or one of 18, 20, ... (all 4-bit codes).
+        column_dtype: int8 or e4m3; e4m3 codes stay e4m3.
+        ends_E: int32 [E], where each expert's rows end.
+
+    Returns:
+        [I, P], P = R rounded up to 16, plus 16 for each expert: each expert's rows begin at a multiple of 16 and are
+        followed by zeros up to the next one's; what follows the last expert's is undefined.
+
+    Raises:
+        TypeError: other types of codes, e4m3 codes as int8, or ends that are not int32.
+        ValueError: codes that are no matrix.
+    """
+    check_ends(ends_E)
+    _check_k_major(codes_RI, 2, column_dtype)
+    if not codes_RI.is_cuda:
+        return grouped_k_major_codes_reference(codes_RI, column_dtype, ends_E)
+    from bitmoe_kernels.grouped_ternary_gemm import triton_codes
+
+    num_rows, num_inputs = codes_RI.shape
+    columns_IP = codes_RI.new_empty(num_inputs, padded_rows(num_rows, len(ends_E)), dtype=column_dtype)
+    triton_codes.grouped_k_major_codes(rows_contiguous(codes_RI), ends_E, columns_IP)
+    return columns_IP
+
+
+@torch.no_grad()
+def batched_k_major_codes(codes_EOI: torch.Tensor, row_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Write the experts' weight codes in both layouts that 8-bit products need, in one read.
+
+    Args:
+        codes_EOI: ternary codes [E, O, I], int8 or e4m3.
+        row_dtype: int8 or e4m3, the type of the activations; the input itself is returned where it has this type.
+
+    Returns:
+        codes [E, O, I] for the forward, and e4m3 [E, I, O rounded up to 16], padded with zeros, for the input gradient.
+
+    Raises:
+        TypeError: other types of codes, or e4m3 codes as int8.
+        ValueError: codes that are not [E, O, I].
+    """
+    _check_k_major(codes_EOI, 3, row_dtype)
+    num_experts, num_outputs, num_inputs = codes_EOI.shape
+    column_shape = (num_experts, num_inputs, padded_length(num_outputs))
+    columns_EIP = codes_EOI.new_empty(column_shape, dtype=torch.float8_e4m3fn)
+    if not codes_EOI.is_cuda:
+        for codes_OI, columns_IP in zip(codes_EOI, columns_EIP, strict=True):
+            columns_IP.copy_(k_major_codes_reference(codes_OI, torch.int8, torch.float8_e4m3fn)[1])
+        return codes_EOI.to(row_dtype), columns_EIP
+    from bitmoe_kernels.grouped_ternary_gemm import triton_codes
+
+    rows_EOI = codes_EOI.new_empty(codes_EOI.shape, dtype=row_dtype) if row_dtype != codes_EOI.dtype else None
+    triton_codes.batched_k_major_codes(codes_EOI.contiguous(), rows_EOI, columns_EIP)
+    return codes_EOI if rows_EOI is None else rows_EOI, columns_EIP
+
+
+def _check_k_major(codes: torch.Tensor, num_dims: int, wanted: torch.dtype) -> None:
+    if codes.dtype not in CODE_DTYPES or wanted not in CODE_DTYPES:
+        raise TypeError(f"codes are int8 or float8_e4m3fn, got {codes.dtype} to become {wanted}")
+    if codes.dtype == torch.float8_e4m3fn and wanted == torch.int8:
+        raise TypeError("e4m3 codes stay e4m3: ask for float8_e4m3fn")
+    if codes.dim() != num_dims:
+        raise ValueError(f"codes of shape {list(codes.shape)} must have {num_dims} dimensions")

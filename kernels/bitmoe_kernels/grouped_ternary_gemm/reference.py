@@ -1,48 +1,186 @@
 """Grouped products as a loop over experts: the truth, and the path of the CPU.
 
-Rows are sorted by expert; ``counts_E`` says how many rows each expert has (zero is legal).
+Rows are sorted by expert; ``ends_E`` says where each expert's rows end (zero rows are legal). Each expert's part is the
+dense reference of ``ternary_gemm``. Arguments are not validated here.
 """
 
 import torch
 
-# Shapes: R = rows (token copies, sorted by expert), E = experts, K = contracted features, N = output features.
+from bitmoe_kernels.ternary_gemm.reference import (
+    PADDING,
+    float8_matmul_reference,
+    pad_last,
+    padded_length,
+    quantize_grad_reference,
+    scaled_code_matmul_reference,
+    weight_grad_reference,
+)
+
+# Shapes: R = rows (token copies, sorted by expert), E = experts, K = contracted features, N = output features,
+#         I = inputs, O = outputs of the linear, G = groups of inputs, P = padded_rows(R, E): room for each expert's
+#         rows from a multiple of PADDING on, C = padded_rows(R, E) // block_rows + E slots of column scales.
 
 
-def grouped_matmul_reference(x_RK: torch.Tensor, w_EKN: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
+def grouped_matmul_reference(x_RK: torch.Tensor, w_EKN: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
     """Multiply each expert's rows with its own matrix.
 
     Args:
         x_RK: rows sorted by expert, [R, K].
         w_EKN: one matrix per expert, [E, K, N].
-        counts_E: rows of each expert, int64 [E] on the CPU; sums to R.
+        ends_E: where each expert's rows end, [E]; the last is R.
 
     Returns:
         [R, N], in the dtype of x_RK.
     """
     y_RN = x_RK.new_empty(x_RK.shape[0], w_EKN.shape[2])
     start = 0
-    for expert, count in enumerate(counts_E.tolist()):
-        rows = slice(start, start + count)
+    for expert, end in enumerate(ends_E.tolist()):
+        rows = slice(start, end)
         torch.matmul(x_RK[rows], w_EKN[expert], out=y_RN[rows])
-        start += count
+        start = end
     return y_RN
 
 
-def grouped_outer_reference(x_RK: torch.Tensor, y_RN: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
+def grouped_outer_reference(x_RK: torch.Tensor, y_RN: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
     """Contract each expert's rows: x^T y, the weight gradient of a grouped product.
 
     Args:
         x_RK: rows sorted by expert, [R, K].
         y_RN: rows in the same order, [R, N].
-        counts_E: rows of each expert, int64 [E] on the CPU.
+        ends_E: where each expert's rows end, [E].
 
     Returns:
         [E, K, N]; zeros for experts without rows.
     """
-    out_EKN = x_RK.new_empty(len(counts_E), x_RK.shape[1], y_RN.shape[1])
+    out_EKN = x_RK.new_empty(len(ends_E), x_RK.shape[1], y_RN.shape[1])
     start = 0
-    for expert, count in enumerate(counts_E.tolist()):
-        rows = slice(start, start + count)
+    for expert, end in enumerate(ends_E.tolist()):
+        rows = slice(start, end)
         torch.matmul(x_RK[rows].T, y_RN[rows], out=out_EKN[expert])
-        start += count
+        start = end
     return out_EKN
+
+
+def padded_rows(num_rows: int, num_experts: int) -> int:
+    """P, the length of a row of transposed codes: a bound for any number of rows per expert, known without them."""
+    return padded_length(num_rows) + PADDING * num_experts
+
+
+def padded_ends_reference(ends_E: torch.Tensor) -> torch.Tensor:
+    """README eq. 2: where each expert's padded rows end among P, int32 [E].
+
+    Each takes its rows rounded up to PADDING, and PADDING at least, as ``torch._scaled_grouped_mm`` contracts no
+    empty range.
+    """
+    counts_E = ends_E.diff(prepend=ends_E.new_zeros(1))
+    return ((counts_E.clamp(min=1) + PADDING - 1) // PADDING * PADDING).cumsum(0).int()
+
+
+def expert_slices(ends_E: torch.Tensor) -> list[slice]:
+    """The rows of each expert."""
+    ends = ends_E.tolist()
+    return [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def grouped_scaled_code_matmul_reference(
+    x_codes_RI: torch.Tensor,
+    x_scale_RG: torch.Tensor,
+    w_codes_EOI: torch.Tensor,
+    w_scale_EOG: torch.Tensor,
+    ends_E: torch.Tensor,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """README eq. 1 for each expert's rows: [R, O], zeros where no expert has a row."""
+    y_RO = x_scale_RG.new_zeros(len(x_codes_RI), w_codes_EOI.shape[1], dtype=out_dtype)
+    for rows, w_codes, w_scale in zip(expert_slices(ends_E), w_codes_EOI, w_scale_EOG, strict=True):
+        y_RO[rows] = scaled_code_matmul_reference(x_codes_RI[rows], x_scale_RG[rows], w_codes, w_scale, out_dtype)
+    return y_RO
+
+
+def grouped_float8_matmul_reference(
+    a_RK: torch.Tensor,
+    a_scale_R1: torch.Tensor,
+    b_ENK: torch.Tensor,
+    b_scale_EN: torch.Tensor,
+    ends_E: torch.Tensor,
+) -> torch.Tensor:
+    """README eq. 4: (a @ b^T * a_scale) * b_scale for each expert's rows, bf16 [R, N], zeros past the last of them."""
+    y_RN = a_scale_R1.new_zeros(len(a_RK), b_ENK.shape[1], dtype=torch.bfloat16)
+    for rows, b, b_scale in zip(expert_slices(ends_E), b_ENK, b_scale_EN, strict=True):
+        y_RN[rows] = float8_matmul_reference(a_RK[rows], a_scale_R1[rows], b, b_scale)
+    return y_RN
+
+
+def grouped_k_major_codes_reference(
+    codes_RI: torch.Tensor, column_dtype: torch.dtype, ends_E: torch.Tensor
+) -> torch.Tensor:
+    """Transposed codes [I, P], each expert's rows from its padded start on, zeros elsewhere."""
+    num_columns = padded_rows(len(codes_RI), len(ends_E))
+    columns_IP = codes_RI.new_zeros(codes_RI.shape[1], num_columns, dtype=column_dtype)
+    for rows, columns in _placed(ends_E):
+        columns_IP[:, columns] = codes_RI[rows].T.to(column_dtype)
+    return columns_IP
+
+
+def _placed(ends_E: torch.Tensor) -> list[tuple[slice, slice]]:
+    """Each expert's rows and where they lie, without padding, among P."""
+    placed = []
+    for rows, columns in zip(expert_slices(ends_E), expert_slices(padded_ends_reference(ends_E)), strict=True):
+        placed.append((rows, slice(columns.start, columns.start + rows.stop - rows.start)))
+    return placed
+
+
+def first_scale_slots(ends_E: torch.Tensor, block_rows: int) -> list[int]:
+    """Where the column scales of each expert begin; its blocks of ``block_rows`` follow one another from there.
+
+    padded start // block_rows + expert leaves room for every block of the experts before, without counting them.
+    """
+    columns = expert_slices(padded_ends_reference(ends_E))
+    return [column.start // block_rows + expert for expert, column in enumerate(columns)]
+
+
+def grouped_quantize_grad_reference(
+    dy_RO: torch.Tensor,
+    x_scale_RG: torch.Tensor,
+    w_scale_EO: torch.Tensor | None,
+    ends_E: torch.Tensor,
+    column_dtype: torch.dtype,
+    block_rows: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """README eq. 3: rows [R, O], scale [R, 1]; columns [G, O, P], scale [G, C, O]; padded ends int32 [E]."""
+    (num_rows, num_outputs), num_groups, num_experts = dy_RO.shape, x_scale_RG.shape[1], len(ends_E)
+    num_columns = padded_rows(num_rows, num_experts)
+    num_slots = num_columns // block_rows + num_experts
+    rows_RO = dy_RO.new_zeros(num_rows, num_outputs, dtype=torch.float8_e4m3fn)
+    row_scale_R1 = dy_RO.new_zeros(num_rows, 1, dtype=torch.float32)
+    columns_GOP = dy_RO.new_zeros(num_groups, num_outputs, num_columns, dtype=column_dtype)
+    column_scale_GCO = dy_RO.new_zeros(num_groups, num_slots, num_outputs, dtype=torch.float32)
+    for expert, ((rows, columns), slot) in enumerate(
+        zip(_placed(ends_E), first_scale_slots(ends_E, block_rows), strict=True)
+    ):
+        # A row of zeros moves no maximum, and gives an expert without rows its one block.
+        count = rows.stop - rows.start
+        dy, x_scale = (pad_last(x[rows].T, max(count, 1)).T for x in (dy_RO, x_scale_RG))
+        w_scale = None if w_scale_EO is None else w_scale_EO[expert]
+        codes, scale, codes_GOp, scale_GOc = quantize_grad_reference(dy, x_scale, w_scale, column_dtype, block_rows)
+        rows_RO[rows], row_scale_R1[rows] = codes[:count], scale[:count]
+        columns_GOP[:, :, columns] = codes_GOp[:, :, :count]
+        column_scale_GCO[:, slot : slot + scale_GOc.shape[2]] = scale_GOc.transpose(1, 2)
+    return rows_RO, row_scale_R1, columns_GOP, column_scale_GCO, padded_ends_reference(ends_E)
+
+
+def grouped_weight_grad_reference(
+    columns_GOP: torch.Tensor,
+    column_scale_GCO: torch.Tensor,
+    x_codes_IP: torch.Tensor,
+    padded_ends_E: torch.Tensor,
+    block_rows: int,
+) -> torch.Tensor:
+    """README eq. 5 for each expert: dW bf16 [E, O, I], blocks of rows added in order."""
+    parts = []
+    for expert, columns in enumerate(expert_slices(padded_ends_E)):
+        num_blocks = -(-(columns.stop - columns.start) // block_rows)
+        slot = columns.start // block_rows + expert
+        scale_GOC = column_scale_GCO[:, slot : slot + num_blocks].transpose(1, 2)
+        parts.append(weight_grad_reference(columns_GOP[:, :, columns], scale_GOC, block_rows, x_codes_IP[:, columns]))
+    return torch.stack(parts)

@@ -1,24 +1,40 @@
-"""RMSNorm or sub-norm, quantization and top-K in one read of x and one write of codes.
+"""RMSNorm or sub-norm, quantization and top-K in one read of x and one write of codes; and the norms' backward.
 
-What      README eq. 1-5. Codes, scale and rstd equal reference.py bit for bit: sums are fp64 and rounded once, every
-          other step is the correctly rounded operation of the reference.
-Contract  bf16, fp16 or fp32 x, gain of any of these; any sizes; x is made contiguous.
-Tiling    whole rows (groups) in registers, as in act_quant: 3 bytes an element for bf16. The transpose is its own
-          launch over 64 x 64 tiles: a row program would write 1-byte columns, 32 times the bytes it means to.
+What      README eq. 1-7. Codes, scale, rstd and y equal reference.py bit for bit: sums are fp64 and rounded once, every
+          other step is the correctly rounded operation of the reference, or one proven to give the same code. The
+          backward pass computes in fp32 and rounds dx once.
+Contract  bf16, fp16 or fp32 tensors, mixed as they come; any sizes; inputs are made contiguous.
+Tiling    whole rows (groups) in registers, as in act_quant: 3 bytes an element for bf16. Backward, a program stays with
+          its group of features and takes tiles of tokens one after the other, adding its share of dgain in registers;
+          torch adds the shares, in an order that does not change.
 Not here  fp64 input, argument checks and dispatch (op.py).
 """
 
-# Shapes: T = tokens, D = features, G = groups of d = D / G features, R = T * G rows of a tile's view [R, d].
+# Shapes: T = tokens, D = features, G = groups of d = D / G features, R = T * G rows of a tile's view [R, d],
+#         P = programs of a group.
 
 import torch
 import triton
 import triton.language as tl
 
-from bitmoe_kernels.act_quant.triton_kernels import FORMAT_LEVELS, row_codes, row_scales, row_tile, tile_offsets
+from bitmoe_kernels.act_quant.triton_kernels import (
+    FORMAT_LEVELS,
+    finite_row_codes,
+    round_to,
+    row_scales,
+    row_tile,
+    store_row_codes,
+    tile_offsets,
+    to_float32,
+)
+from bitmoe_kernels.sparsify.triton_kernels import ELEMENTS_PER_THREAD as TOPK_ELEMENTS_PER_THREAD
 from bitmoe_kernels.sparsify.triton_kernels import topk_rows
 
-_TRANSPOSE_TILE = 64
-_IS_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+_ELEMENTS_PER_THREAD = 64
+# The backward pass keeps sums of dgain beside the tile: 16 warps of 128 registers a thread fill a processor.
+_BACKWARD_ELEMENTS_PER_THREAD = 32
+_WARPS_PER_PROCESSOR = 16
+_REGISTERS_PER_PROCESSOR = 65536
 
 
 def norm_quantize_triton(
@@ -29,15 +45,19 @@ def norm_quantize_triton(
     is_sub_norm: bool = False,
     groups: int = 1,
     keep: float = 1.0,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes int8 [..., D], scale and rstd fp32 [..., groups]; the norm is eq. 3 if ``is_sub_norm``, else eq. 2."""
+    code_dtype: torch.dtype = torch.int8,
+    with_normalized: bool = False,
+) -> tuple[torch.Tensor, ...]:
+    """Codes [..., D], scale and rstd fp32 [..., groups], and y if wanted; eq. 3 if ``is_sub_norm``, else eq. 2."""
     x_TD = x_TD.contiguous()
     codes_TD = torch.empty_like(x_TD, dtype=torch.int8)
+    y_TD = torch.empty_like(x_TD) if with_normalized else None
     scale_TG = torch.empty(*x_TD.shape[:-1], groups, dtype=torch.float32, device=x_TD.device)
     rstd_TG = torch.empty_like(scale_TG)
     if num_rows := scale_TG.numel():
         num_features = x_TD.shape[-1] // groups
-        tile = row_tile(max(2, num_features))
+        # Not one feature a row: bf16 numbers are converted in pairs. The search for the largest needs registers.
+        tile = row_tile(max(2, num_features), TOPK_ELEMENTS_PER_THREAD if keep < 1 else _ELEMENTS_PER_THREAD)
         with torch.cuda.device_of(x_TD):
             _norm_quant_fwd_kernel[(triton.cdiv(num_rows, tile["BLOCK_ROWS"]),)](
                 x_TD,
@@ -45,6 +65,7 @@ def norm_quantize_triton(
                 codes_TD,
                 scale_TG,
                 rstd_TG,
+                y_TD,
                 num_rows,
                 round(keep * num_features),
                 eps,
@@ -54,21 +75,67 @@ def norm_quantize_triton(
                 keep < 1,
                 num_format,
                 FORMAT_LEVELS[num_format],
+                code_dtype == torch.float8_e4m3fn,
                 **tile,
             )
-    return codes_TD, scale_TG, rstd_TG
+    result = codes_TD.view(code_dtype), scale_TG, rstd_TG
+    return (*result, y_TD) if with_normalized else result
 
 
-def transpose_codes_triton(codes_TD: torch.Tensor) -> torch.Tensor:
-    """Codes int8 [T, D] as contiguous [D, T]."""
-    codes_TD = codes_TD.contiguous()
-    num_tokens, num_features = codes_TD.shape
-    codes_DT = torch.empty(num_features, num_tokens, dtype=torch.int8, device=codes_TD.device)
-    if num_tokens:
-        tiles = triton.cdiv(num_tokens, _TRANSPOSE_TILE) * triton.cdiv(num_features, _TRANSPOSE_TILE)
-        with torch.cuda.device_of(codes_TD):
-            _transpose_kernel[(tiles,)](codes_TD, codes_DT, num_tokens, num_features, _TRANSPOSE_TILE, num_warps=4)
-    return codes_DT
+def rms_norm_triton(x_TD: torch.Tensor, gain_D: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Equations 1 and 2: y [..., D] in the dtype of x, rstd fp32 [..., 1]."""
+    x_TD = x_TD.contiguous()
+    y_TD = torch.empty_like(x_TD)
+    rstd_T1 = torch.empty(*x_TD.shape[:-1], 1, dtype=torch.float32, device=x_TD.device)
+    if num_rows := rstd_T1.numel():
+        tile = row_tile(max(2, x_TD.shape[-1]), _ELEMENTS_PER_THREAD)
+        with torch.cuda.device_of(x_TD):
+            _rms_norm_fwd_kernel[(triton.cdiv(num_rows, tile["BLOCK_ROWS"]),)](
+                x_TD, gain_D.contiguous(), y_TD, rstd_T1, num_rows, eps, x_TD.shape[-1], **tile
+            )
+    return y_TD, rstd_T1
+
+
+def norm_backward_triton(
+    dy_TD: torch.Tensor,
+    x_TD: torch.Tensor,
+    gain_D: torch.Tensor,
+    rstd_TG: torch.Tensor,
+    residual_grad_TD: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dx [..., D] in the dtype of x and dgain fp32 [D]; ``residual_grad_TD`` is added to dx before it is rounded."""
+    x_TD = x_TD.contiguous()
+    dx_TD = torch.empty_like(x_TD)
+    groups = rstd_TG.shape[-1]
+    num_tokens, num_features = rstd_TG.numel() // groups, x_TD.shape[-1] // groups
+    if not num_tokens:
+        return dx_TD, torch.zeros(x_TD.shape[-1], dtype=torch.float32, device=x_TD.device)
+    tile = row_tile(max(2, num_features), _BACKWARD_ELEMENTS_PER_THREAD)
+    programs = _num_programs(x_TD.device, num_tokens, groups, tile)
+    dgain_PD = torch.empty(programs // groups, x_TD.shape[-1], dtype=torch.float32, device=x_TD.device)
+    with torch.cuda.device_of(x_TD):
+        _norm_bwd_kernel[(programs,)](
+            dy_TD.contiguous(),
+            x_TD,
+            gain_D.contiguous(),
+            rstd_TG.contiguous(),
+            None if residual_grad_TD is None else residual_grad_TD.contiguous(),
+            dx_TD,
+            dgain_PD,
+            num_tokens,
+            num_features,
+            groups,
+            maxnreg=_REGISTERS_PER_PROCESSOR // (32 * max(tile["num_warps"], _WARPS_PER_PROCESSOR)),
+            **tile,
+        )
+    return dx_TD, dgain_PD.sum(0)
+
+
+def _num_programs(device: torch.device, num_tokens: int, groups: int, tile: dict[str, int]) -> int:
+    """Programs that fill the GPU once, a multiple of ``groups``; no more than there are tiles."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    programs = processors * max(1, _WARPS_PER_PROCESSOR // tile["num_warps"])
+    return groups * min(triton.cdiv(num_tokens, tile["BLOCK_ROWS"]), triton.cdiv(programs, groups))
 
 
 @triton.jit
@@ -78,6 +145,7 @@ def _norm_quant_fwd_kernel(
     codes_ptr,
     scale_ptr,
     rstd_ptr,
+    y_ptr,
     num_rows,
     num_kept,
     EPS: tl.constexpr,
@@ -87,51 +155,159 @@ def _norm_quant_fwd_kernel(
     IS_SPARSE: tl.constexpr,
     FORMAT: tl.constexpr,
     LEVELS: tl.constexpr,
+    IS_FLOAT8: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_FEATURES: tl.constexpr,
 ):
     rows, mask_rows, offs, mask = tile_offsets(num_rows, NUM_FEATURES, BLOCK_ROWS, BLOCK_FEATURES)
-    x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    mean_square = tl.sum((x * x).to(tl.float64), axis=1) / NUM_FEATURES
-    rstd = (1.0 / tl.sqrt(mean_square + tl.full(mean_square.shape, EPS, tl.float64))).to(tl.float32)
+    x_ptrs = x_ptr + offs
+    gain = _row_gains(gain_ptr, rows, NUM_FEATURES, NUM_GROUPS, BLOCK_FEATURES)
+    x = tl.load(x_ptrs, mask=mask, other=0.0)
+    rstd = _row_rstd(x, x_ptrs, mask, EPS, NUM_FEATURES)
     tl.store(rstd_ptr + rows, rstd, mask=mask_rows)
-    features = tl.arange(0, BLOCK_FEATURES)[None, :]
-    offs_gain = (rows % NUM_GROUPS).to(tl.int32)[:, None] * NUM_FEATURES + features
-    gain = tl.load(gain_ptr + offs_gain, mask=features < NUM_FEATURES, other=0.0).to(tl.float32)
-    unit = x * rstd[:, None]
-    if IS_SUB_NORM:
-        unit = _round_to(unit, x_ptr.dtype.element_ty).to(tl.float32)
-    y = _round_to(unit * gain, x_ptr.dtype.element_ty)
-    scale = row_scales(y.to(tl.float32), NUM_FEATURES, FORMAT, LEVELS)
+    y = _normalized(x, rstd, gain, IS_SUB_NORM)
+    if y_ptr is not None:
+        tl.store(y_ptr + offs, y, mask=mask)
+    scale = row_scales(y, NUM_FEATURES, FORMAT, LEVELS)
     tl.store(scale_ptr + rows, scale, mask=mask_rows)
-    codes = row_codes(y.to(tl.float32), scale, FORMAT)
+    codes = finite_row_codes(y, scale, FORMAT, IS_FLOAT8, NUM_FEATURES)
     if IS_SPARSE:
         if y.dtype == tl.float32:
-            is_kept = topk_rows(y.to(tl.int32, bitcast=True) & 0x7FFFFFFF, num_kept, 31)
+            is_kept = topk_rows(y.to(tl.int32, bitcast=True) & 0x7FFFFFFF, num_kept, NUM_FEATURES, 31)
         else:
-            is_kept = topk_rows(y.to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF, num_kept, 15)
+            is_kept = topk_rows(y.to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF, num_kept, NUM_FEATURES, 15)
         codes = tl.where(is_kept, codes, 0)
-    tl.store(codes_ptr + offs, codes, mask=mask)
+    store_row_codes(codes_ptr + offs, codes, scale, mask)
 
 
 @triton.jit
-def _round_to(x, dtype: tl.constexpr):
-    """fp32 ``x`` rounded half to even to ``dtype``, as ``x.to(dtype)`` is on a GPU."""
-    if dtype == tl.bfloat16 and _IS_INTERPRETED:
-        # Triton's interpreter cuts bf16 off instead (seen in 3.6 and 3.9): round the bits before it does.
-        bits = x.to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
-    return x.to(dtype)
+def _rms_norm_fwd_kernel(
+    x_ptr,
+    gain_ptr,
+    y_ptr,
+    rstd_ptr,
+    num_rows,
+    EPS: tl.constexpr,
+    NUM_FEATURES: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_FEATURES: tl.constexpr,
+):
+    rows, mask_rows, offs, mask = tile_offsets(num_rows, NUM_FEATURES, BLOCK_ROWS, BLOCK_FEATURES)
+    gain = _row_gains(gain_ptr, rows, NUM_FEATURES, 1, BLOCK_FEATURES)
+    x = tl.load(x_ptr + offs, mask=mask, other=0.0)
+    rstd = _row_rstd(x, x_ptr + offs, mask, EPS, NUM_FEATURES)
+    tl.store(rstd_ptr + rows, rstd, mask=mask_rows)
+    tl.store(y_ptr + offs, _normalized(x, rstd, gain, False), mask=mask)
 
 
 @triton.jit
-def _transpose_kernel(codes_ptr, transposed_ptr, num_tokens, num_features, BLOCK: tl.constexpr):
-    pid_tokens = tl.program_id(0) // tl.cdiv(num_features, BLOCK)
-    pid_features = tl.program_id(0) % tl.cdiv(num_features, BLOCK)
-    tokens = pid_tokens.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    features = pid_features.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = (tokens < num_tokens)[:, None] & (features < num_features)[None, :]
-    codes = tl.load(codes_ptr + tokens[:, None] * num_features + features[None, :], mask=mask, other=0)
-    offs = features[:, None] * num_tokens + tokens[None, :]
-    tl.store(transposed_ptr + offs, tl.trans(codes), mask=tl.trans(mask))
+def _row_gains(gain_ptr, rows, NUM_FEATURES: tl.constexpr, NUM_GROUPS: tl.constexpr, BLOCK_FEATURES: tl.constexpr):
+    """The gains [BR, BF], or [1, BF] where all rows have the same, in their own dtype."""
+    features = tl.arange(0, BLOCK_FEATURES)[None, :]
+    offs = features if NUM_GROUPS == 1 else (rows % NUM_GROUPS).to(tl.int32)[:, None] * NUM_FEATURES + features
+    return tl.load(gain_ptr + offs, mask=features < NUM_FEATURES, other=0.0)
+
+
+@triton.jit
+def _row_rstd(x, x_ptrs, mask, EPS: tl.constexpr, NUM_FEATURES: tl.constexpr):
+    """Equation 1: fp32 [BR] of rows [BR, BF] that are 0 past their end."""
+    x = to_float32(x)
+    sums = tl.sum(_normal_to_float64(x * x), axis=1)
+    mean_square = sums / NUM_FEATURES + tl.full(sums.shape, EPS, tl.float64)
+    # Newton's iteration doubles the 22 bits of the approximation twice.
+    rstd = tl.rsqrt(mean_square.to(tl.float32)).to(tl.float64)
+    for _ in tl.static_range(2):
+        rstd = rstd * (1.5 - (0.5 * mean_square) * (rstd * rstd))
+    rstd = rstd.to(tl.float32)
+    # Rows where zeros, denormals (off by less than 2^-126), Inf or NaN could show. Reading again keeps registers free.
+    is_wrong = (sums < 2.0**-40) | (sums >= 2.0**120)
+    if tl.max(is_wrong.to(tl.int32), axis=0) > 0:
+        x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
+        mean_square = tl.sum((x * x).to(tl.float64), axis=1) / NUM_FEATURES
+        rstd = (1.0 / tl.sqrt(mean_square + tl.full(mean_square.shape, EPS, tl.float64))).to(tl.float32)
+    return rstd
+
+
+@triton.jit
+def _normal_to_float64(x):
+    """Positive normal fp32 as fp64, by integer instructions: a conversion takes 8 times as long as one (sm_90).
+
+    fp32 bits, three places lower, are the bits of the same fp64 number but for the bias of the exponent.
+    """
+    bits = x.to(tl.uint32, bitcast=True).to(tl.uint64)
+    return ((bits << 29) + ((1023 - 127) << 52)).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def _normalized(x, rstd, gain, IS_SUB_NORM: tl.constexpr):
+    """Equation 2 or 3: [BR, BF] in the dtype of x."""
+    unit = to_float32(x) * rstd[:, None]
+    if IS_SUB_NORM:
+        unit = to_float32(round_to(unit, x.dtype))
+    return round_to(unit * to_float32(gain), x.dtype)
+
+
+@triton.jit
+def _tile_of_group(
+    block,
+    num_tokens,
+    NUM_FEATURES: tl.constexpr,
+    NUM_GROUPS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BF: tl.constexpr,
+):
+    """Rows (of one group's features) [BR] of a block of tokens, whether they exist, their elements' offsets and mask.
+
+    Program p takes the group p % G of the blocks p // G, p // G + programs / G, and so on.
+    """
+    tokens = (block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
+    rows = tokens * NUM_GROUPS + tl.program_id(0) % NUM_GROUPS
+    features = tl.arange(0, BF)
+    mask = (tokens < num_tokens)[:, None] & (features < NUM_FEATURES)[None, :]
+    return rows, tokens < num_tokens, rows[:, None] * NUM_FEATURES + features[None, :], mask
+
+
+@triton.jit
+def _gain_of_group(gain_ptr, NUM_FEATURES: tl.constexpr, NUM_GROUPS: tl.constexpr, BLOCK_FEATURES: tl.constexpr):
+    """The gain [1, BF] of this program's group, in its own dtype."""
+    features = tl.arange(0, BLOCK_FEATURES)
+    offs = (tl.program_id(0) % NUM_GROUPS) * NUM_FEATURES + features
+    return tl.load(gain_ptr + offs, mask=features < NUM_FEATURES, other=0.0)[None, :]
+
+
+@triton.jit
+def _norm_bwd_kernel(
+    dy_ptr,
+    x_ptr,
+    gain_ptr,
+    rstd_ptr,
+    residual_grad_ptr,
+    dx_ptr,
+    dgain_ptr,
+    num_tokens,
+    NUM_FEATURES: tl.constexpr,
+    NUM_GROUPS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_FEATURES: tl.constexpr,
+):
+    gain = _gain_of_group(gain_ptr, NUM_FEATURES, NUM_GROUPS, BLOCK_FEATURES)
+    dgain = tl.zeros([BLOCK_ROWS, BLOCK_FEATURES], tl.float32)
+    program = tl.program_id(0) // NUM_GROUPS
+    for block in range(program, tl.cdiv(num_tokens, BLOCK_ROWS), tl.num_programs(0) // NUM_GROUPS):
+        rows, mask_rows, offs, mask = _tile_of_group(
+            block, num_tokens, NUM_FEATURES, NUM_GROUPS, BLOCK_ROWS, BLOCK_FEATURES
+        )
+        x = tl.load(x_ptr + offs, mask=mask, other=0.0)
+        dy = to_float32(tl.load(dy_ptr + offs, mask=mask, other=0.0))
+        rstd = tl.load(rstd_ptr + rows, mask=mask_rows, other=0.0)[:, None]
+        unit = to_float32(x) * rstd
+        dgain += dy * unit
+        dunit = dy * to_float32(gain)
+        dot = tl.sum(dunit * unit, axis=1)[:, None] * (1.0 / NUM_FEATURES)
+        dx = rstd * (dunit - unit * dot)
+        if residual_grad_ptr is not None:
+            dx += to_float32(tl.load(residual_grad_ptr + offs, mask=mask, other=0.0))
+        tl.store(dx_ptr + offs, round_to(dx, dx_ptr.dtype.element_ty), mask=mask)
+    features = tl.arange(0, BLOCK_FEATURES)
+    offs = program * NUM_GROUPS * NUM_FEATURES + (tl.program_id(0) % NUM_GROUPS) * NUM_FEATURES + features
+    tl.store(dgain_ptr + offs, tl.sum(dgain, axis=0), mask=features < NUM_FEATURES)

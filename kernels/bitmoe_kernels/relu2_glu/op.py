@@ -1,11 +1,24 @@
-"""Public squared-ReLU gated linear unit: check the arguments, then run the reference."""
+"""Public squared-ReLU gated linear unit, alone or with sub-norm and quantizer: check the arguments and dispatch.
 
-# Shapes: T = tokens (any leading dimensions), F = features of the feed-forward.
+The unit alone is differentiable and runs the reference. The fused functions run Triton's kernels on a GPU; they know no
+autograd, which belongs to the layer that multiplies the codes. On CPU, NaN or Inf raises ValueError; on other devices
+such a token (or group) gets a NaN scale and codes 0.
+"""
+
+# Shapes: T = tokens (any leading dimensions), F = features of the feed-forward, G = groups of features, E = experts,
+# R = tokens sorted by expert.
 
 import torch
 
-from bitmoe_kernels.relu2_glu.reference import relu2_glu_reference
-from bitmoe_kernels.validation import check_floating
+from bitmoe_kernels.dispatch import runs_triton_by_row
+from bitmoe_kernels.relu2_glu.reference import (
+    relu2_glu_quantize_backward_reference,
+    relu2_glu_quantize_reference,
+    relu2_glu_reference,
+)
+from bitmoe_kernels.validation import check_features, check_floating, check_groups, raise_on_nonfinite
+
+_FORMATS = ("int4", "int8", "fp4")
 
 
 def relu2_glu(gate_TF: torch.Tensor, up_TF: torch.Tensor) -> torch.Tensor:
@@ -30,3 +43,115 @@ def relu2_glu(gate_TF: torch.Tensor, up_TF: torch.Tensor) -> torch.Tensor:
     if gate_TF.shape != up_TF.shape:
         raise ValueError(f"gate has shape {list(gate_TF.shape)}, up {list(up_TF.shape)}: they must be equal")
     return relu2_glu_reference(gate_TF, up_TF)
+
+
+@torch.no_grad()
+def relu2_glu_quantize(
+    gate_up_T2F: torch.Tensor,
+    gain: torch.Tensor | None,
+    eps: float,
+    num_format: str = "int8",
+    groups: int = 1,
+    expert_R: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Multiply gate and up, normalize each group of features and quantize it (README eq. 1-5).
+
+    Args:
+        gate_up_T2F: both projections [..., 2F]: F features of gate, then F of up.
+        gain: sub-norm's gain [F], or [E, F] with ``expert_R``, any floating dtype; None leaves the sub-norm out.
+        eps: added to the mean square.
+        num_format: int4, int8 or fp4.
+        groups: number G of equal contiguous blocks of the F features.
+        expert_R: int32 or int64, one entry a token, in ascending order: whose gain it takes.
+
+    Returns:
+        codes: int8 [..., F].
+        scale: [..., G], fp32 (fp64 for fp64 input).
+        rstd: [..., G], likewise, for the backward; None without a gain.
+
+    Raises:
+        TypeError: tensors that are not floating point, experts that are not integers.
+        ValueError: an odd number of features, ``groups`` not a divisor of F, a gain or experts that do not fit, an
+            unknown format, or (on CPU) NaN or Inf.
+    """
+    _check(gate_up_T2F, gain, groups, expert_R)
+    if num_format not in _FORMATS:
+        raise ValueError(f"num_format={num_format!r}: use one of {', '.join(_FORMATS)}")
+    if runs_triton_by_row(gate_up_T2F, 2 * groups):
+        run = _triton_kernels().relu2_glu_quantize_triton
+        return run(gate_up_T2F, gain, eps, num_format, groups, expert_R if gain is not None else None)
+    result = relu2_glu_quantize_reference(gate_up_T2F, gain, eps, num_format, groups, expert_R)
+    raise_on_nonfinite(result[1], gate_up_T2F, "gate_up")
+    return result
+
+
+@torch.no_grad()
+def relu2_glu_quantize_backward(
+    dy_TF: torch.Tensor,
+    gate_up_T2F: torch.Tensor,
+    gain: torch.Tensor | None,
+    rstd_TG: torch.Tensor | None,
+    expert_R: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Gradients of the input of :func:`relu2_glu_quantize`'s quantizer, which passes them straight through (eq. 6-9).
+
+    Args:
+        dy_TF: gradient of the normalized activations [..., F].
+        gate_up_T2F: as in the forward.
+        gain: as in the forward.
+        rstd_TG: what the forward returned.
+        expert_R: as in the forward.
+
+    Returns:
+        dgate_up: [..., 2F] in the dtype of gate_up.
+        dgain: fp32 (fp64 for fp64 input) in the shape of the gain, the same bits in every run; zeros for an expert
+            without tokens. None without a gain.
+
+    Raises:
+        TypeError: as :func:`relu2_glu_quantize`.
+        ValueError: shapes that do not fit.
+    """
+    if (gain is None) != (rstd_TG is None):
+        raise ValueError("gain and rstd come together: pass the rstd that the forward returned for this gain, or None")
+    groups = 1 if rstd_TG is None else rstd_TG.shape[-1]
+    _check(gate_up_T2F, gain, groups, expert_R)
+    check_floating(dy_TF, "dy")
+    lead, size = gate_up_T2F.shape[:-1], gate_up_T2F.shape[-1] // 2
+    if dy_TF.shape != (*lead, size):
+        raise ValueError(f"dy has shape {list(dy_TF.shape)}, gate_up {list(gate_up_T2F.shape)}: pass {[*lead, size]}")
+    if rstd_TG is not None and rstd_TG.shape != (*lead, groups):
+        raise ValueError(f"rstd of shape {list(rstd_TG.shape)} does not fit gate_up of {list(gate_up_T2F.shape)}")
+    if runs_triton_by_row(gate_up_T2F, 2 * groups):
+        run = _triton_kernels().relu2_glu_quantize_backward_triton
+        return run(dy_TF, gate_up_T2F, gain, rstd_TG, expert_R if gain is not None else None)
+    return relu2_glu_quantize_backward_reference(dy_TF, gate_up_T2F, gain, rstd_TG, expert_R)
+
+
+def _check(gate_up_T2F, gain, groups: int, expert_R) -> None:
+    """Raise unless both projections, groups, gain and experts fit together."""
+    check_features(gate_up_T2F, "gate_up")
+    if gate_up_T2F.shape[-1] % 2:
+        raise ValueError(f"gate_up has {gate_up_T2F.shape[-1]} features: half of an even number is gate, half is up")
+    size = gate_up_T2F.shape[-1] // 2
+    check_groups(groups, size, "features")
+    if expert_R is not None:
+        if expert_R.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"expert_R is {expert_R.dtype}: pass the expert's number of each token as int32")
+        if expert_R.shape != (gate_up_T2F.numel() // (2 * size),):
+            raise ValueError(
+                f"expert_R of shape {list(expert_R.shape)} does not fit gate_up of shape {list(gate_up_T2F.shape)}: "
+                "pass one expert a token"
+            )
+    if gain is None:
+        return
+    check_floating(gain, "gain")
+    expected = "[F]" if expert_R is None else "[E, F] with expert_R"
+    if gain.dim() != (1 if expert_R is None else 2) or gain.shape[-1] != size:
+        raise ValueError(f"gain of shape {list(gain.shape)} does not fit {size} features: pass {expected}")
+
+
+def _triton_kernels():
+    # Imported at the first use: not every machine has Triton.
+    from bitmoe_kernels.relu2_glu import triton_kernels
+
+    return triton_kernels

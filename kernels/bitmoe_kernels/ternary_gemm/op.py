@@ -14,6 +14,7 @@ from bitmoe_kernels.ternary_gemm.reference import (
     pad_last,
     padded_length,
     scaled_code_matmul_reference,
+    transpose_codes_reference,
 )
 from bitmoe_kernels.validation import check_groups
 
@@ -146,6 +147,30 @@ def check_codes(*codes: torch.Tensor) -> None:
 def rows_contiguous(x: torch.Tensor) -> torch.Tensor:
     """``x``, copied if its last dimension is not contiguous."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@torch.no_grad()
+def transpose_codes(codes_RC: torch.Tensor) -> torch.Tensor:
+    """Transposed codes, which the 8-bit weight gradient multiplies: it needs the tokens contiguous.
+
+    Args:
+        codes_RC: int8 or e4m3 [R, C].
+
+    Returns:
+        [C, P] of the same type, P = R rounded up to 16, padded with zeros.
+
+    Raises:
+        TypeError: neither int8 nor e4m3.
+        ValueError: not a matrix.
+    """
+    check_codes(codes_RC)
+    if not codes_RC.is_cuda:
+        return transpose_codes_reference(codes_RC)
+    from bitmoe_kernels.ternary_gemm import triton_kernels
+
+    columns_CP = codes_RC.new_empty(codes_RC.shape[1], padded_length(len(codes_RC)))
+    triton_kernels.transpose_codes(rows_contiguous(codes_RC).view(torch.int8), columns_CP.view(torch.int8))
+    return columns_CP
 
 
 @torch.no_grad()

@@ -66,6 +66,12 @@ def k_major_codes_reference(
     return codes_RC.to(row_dtype), pad_last(codes_RC.T, padded_length(len(codes_RC))).contiguous().to(column_dtype)
 
 
+def transpose_codes_reference(codes_RC: torch.Tensor) -> torch.Tensor:
+    """Transposed codes [C, P], padded with zeros."""
+    byte_view = codes_RC.view(torch.int8)
+    return pad_last(byte_view.T, padded_length(len(codes_RC))).contiguous().view(codes_RC.dtype)
+
+
 def quantize_grad_reference(
     dy_TO: torch.Tensor,
     x_scale_TG: torch.Tensor,

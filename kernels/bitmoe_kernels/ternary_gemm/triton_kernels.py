@@ -17,7 +17,7 @@ import triton.language as tl
 
 # Tiles. A row of 128 codes is one swizzled row of shared memory; 8 warps are two warpgroups. 128 x 256 has 3/4 of the
 # L2 traffic of 128 x 128, but with several chunks the fp32 total takes as many registers as the sums: half the tile.
-WIDE_TILE = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 128, "num_warps": 8, "num_stages": 4}
+WIDE_TILE = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 128, "num_warps": 8, "num_stages": 3}
 SQUARE_TILE = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 4}
 SHORT_TILE = {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
 # Tiles of m that are computed next to each other, so that a wave of programs shares its operands in L2.
@@ -26,9 +26,12 @@ COPY_TILE = 128
 
 
 @triton.jit
-def _scaled(sums, a_scale_ptrs, b_scale_ptrs):
-    """Integer sums [M, N] times a scale per row, then times a scale per column."""
-    return sums.to(tl.float32) * tl.load(a_scale_ptrs)[:, None] * tl.load(b_scale_ptrs)[None, :]
+def _scaled(sums, a_scale_ptrs, b_scale_ptrs, HAS_B_SCALE: tl.constexpr):
+    """Integer sums [M, N] times a scale per row, then, where there is one, times a scale per column."""
+    scaled = sums.to(tl.float32) * tl.load(a_scale_ptrs)[:, None]
+    if HAS_B_SCALE:
+        scaled *= tl.load(b_scale_ptrs)[None, :]
+    return scaled
 
 
 @triton.jit
@@ -53,6 +56,7 @@ def _scaled_int8_matmul_kernel(
     out_batch_stride,
     out_stride,
     ONE_CHUNK: tl.constexpr,
+    HAS_B_SCALE: tl.constexpr,
     TILES_PER_STRIP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -90,10 +94,10 @@ def _scaled_int8_matmul_kernel(
             sums = tl.dot(a, b, sums, out_dtype=tl.int32)
             # One flat loop keeps the loads in flight from chunk to chunk.
             if not ONE_CHUNK and k + BLOCK_K >= chunk_size:
-                total += _scaled(sums, a_scale_ptrs + chunk, b_scale_ptrs + chunk * b_scale_chunk_stride)
+                total += _scaled(sums, a_scale_ptrs + chunk, b_scale_ptrs + chunk * b_scale_chunk_stride, HAS_B_SCALE)
                 sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
         if ONE_CHUNK:
-            total = _scaled(sums, a_scale_ptrs, b_scale_ptrs)
+            total = _scaled(sums, a_scale_ptrs, b_scale_ptrs, HAS_B_SCALE)
         out_ptrs = out_ptr + batch * out_batch_stride + offs_m[:, None].to(tl.int64) * out_stride + offs_n[None, :]
         tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
 
@@ -102,7 +106,7 @@ def scaled_int8_matmul(
     a_BMK: torch.Tensor,
     a_scale_BMC: torch.Tensor,
     b_BNK: torch.Tensor,
-    b_scale_NC: torch.Tensor,
+    b_scale_NC: torch.Tensor | None,
     chunk_size: int,
     out_BMN: torch.Tensor,
     tile: dict | None = None,
@@ -110,7 +114,7 @@ def scaled_int8_matmul(
 ) -> None:
     """out[m, n] = sum over chunks c, in order, of (sum over k in c of a * b) * a_scale[m, c] * b_scale[n, c].
 
-    ``b_scale_NC`` may be expanded (stride 0). ``chunk_size`` is the number of k with one scale; the last
+    ``b_scale_NC`` may be expanded (stride 0); None is 1. ``chunk_size`` is the number of k with one scale; the last
     chunk may be shorter. ``tile`` and ``programs_per_processor`` are for measurements.
     """
     batches, m, k = a_BMK.shape
@@ -127,7 +131,7 @@ def scaled_int8_matmul(
         a_BMK,
         b_BNK,
         a_scale_BMC.contiguous(),
-        b_scale_NC,
+        a_scale_BMC if b_scale_NC is None else b_scale_NC,
         out_BMN,
         batches,
         m,
@@ -139,11 +143,11 @@ def scaled_int8_matmul(
         a_BMK.stride(1),
         b_BNK.stride(0),
         b_BNK.stride(1),
-        b_scale_NC.stride(0),
-        b_scale_NC.stride(1),
+        *((0, 0) if b_scale_NC is None else b_scale_NC.stride()),
         out_BMN.stride(0),
         out_BMN.stride(1),
         ONE_CHUNK=num_chunks == 1,
+        HAS_B_SCALE=b_scale_NC is not None,
         TILES_PER_STRIP=TILES_PER_STRIP,
         enable_fp_fusion=False,
         **tile,
@@ -215,6 +219,27 @@ def k_major_codes(codes_RC: torch.Tensor, rows_RC: torch.Tensor | None, columns_
         BLOCK=COPY_TILE,
         num_warps=8,
     )
+
+
+@triton.jit
+def _transpose_codes_kernel(codes_ptr, columns_ptr, num_rows, num_columns, padded_rows, stride, BLOCK: tl.constexpr):
+    offs_r = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    offs_c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = (offs_r < num_rows)[:, None] & (offs_c < num_columns)[None, :]
+    codes = tl.load(codes_ptr + offs_r[:, None].to(tl.int64) * stride + offs_c[None, :], mask=mask, other=0)
+    column_ptrs = columns_ptr + offs_c[:, None].to(tl.int64) * padded_rows + offs_r[None, :]
+    tl.store(column_ptrs, tl.trans(codes), mask=(offs_c < num_columns)[:, None] & (offs_r < padded_rows)[None, :])
+
+
+def transpose_codes(codes_RC: torch.Tensor, columns_CP: torch.Tensor) -> None:
+    """Write int8 [R, C] transposed, padded with zeros."""
+    num_rows, num_columns = codes_RC.shape
+    padded_rows = columns_CP.shape[1]
+    grid = (triton.cdiv(num_columns, COPY_TILE), triton.cdiv(padded_rows, COPY_TILE))
+    if grid[0] * grid[1]:
+        _transpose_codes_kernel[grid](
+            codes_RC, columns_CP, num_rows, num_columns, padded_rows, codes_RC.stride(0), BLOCK=COPY_TILE, num_warps=8
+        )
 
 
 @triton.jit

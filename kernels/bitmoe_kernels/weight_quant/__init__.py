@@ -1,5 +1,21 @@
 """Ternary weights: absmean scales and codes in {-1, 0, 1}."""
 
-from bitmoe_kernels.weight_quant.op import absmean_scale, absmean_sums, ternarize, ternary_codes
+from bitmoe_kernels.weight_quant.op import (
+    TernaryOperands,
+    absmean_scale,
+    absmean_sums,
+    absmean_sums_by_id,
+    ternarize,
+    ternary_codes,
+    ternary_operands,
+)
 
-__all__ = ["absmean_scale", "absmean_sums", "ternarize", "ternary_codes"]
+__all__ = [
+    "TernaryOperands",
+    "absmean_scale",
+    "absmean_sums",
+    "absmean_sums_by_id",
+    "ternarize",
+    "ternary_codes",
+    "ternary_operands",
+]

@@ -1,0 +1,92 @@
+"""Products of a ternary linear on one rank: codes forward, and the two products of the backward.
+
+Forward: exact integer products, scales after. Backward (straight-through, BitNet a4.8 section 3): the input's gradient
+is dY times the dequantized ternary weight, dense and unmasked; the weight's gradient is dY^T times the dequantized
+input; scales get none. With ``quant.backward = 8bit`` dY is rounded to 8 bits, codes stay exact, and all three products
+run on 8-bit tensor cores.
+"""
+
+import torch
+
+from bitmoe.layers.collectives import tree_sum
+from bitmoe.quant.ternary_codes import WeightOperands
+from bitmoe_kernels.ternary_gemm import (
+    code_matmul,
+    input_grad,
+    quantize_grad,
+    scaled_code_matmul,
+    transpose_codes,
+    weight_grad,
+)
+
+# Shapes: T = tokens, I = inputs, O = outputs, P = O padded, G = groups of inputs.
+
+
+def scaled_product(
+    x_codes_TI: torch.Tensor, x_scale_TG: torch.Tensor, weight: WeightOperands, dtype: torch.dtype
+) -> torch.Tensor:
+    """Multiply codes with the weight's codes, then apply scales.
+
+    Groups are added as a binary tree, so that ranks that hold some of them each can add theirs first and the sum keeps
+    its bits; in order, in the product's own kernel, where rounding to bf16 would lose those bits anyway.
+
+    Args:
+        x_codes_TI: codes of the input.
+        x_scale_TG: their scales.
+        weight: codes, and a scale for each output (then G = 1) or for each group of inputs.
+        dtype: of the result.
+
+    Returns:
+        [T, O].
+    """
+    num_groups = x_scale_TG.shape[1]
+    if x_scale_TG.dtype == torch.float32 and (num_groups == 1 or dtype == torch.bfloat16):
+        return scaled_code_matmul(x_codes_TI, x_scale_TG, weight.rows, weight.scale, dtype)
+    x_codes, w_codes = x_codes_TI.chunk(num_groups, 1), weight.rows.chunk(num_groups, 1)
+    w_scales = weight.scale.split(1) if num_groups > 1 else [weight.scale]
+
+    def part(group: int) -> torch.Tensor:
+        sums_TO = code_matmul(x_codes[group], w_codes[group]).to(x_scale_TG.dtype)
+        return sums_TO * x_scale_TG[:, group, None] * w_scales[group]
+
+    return tree_sum(part, num_groups).to(dtype)
+
+
+def gradients(
+    dy_TO: torch.Tensor, x_codes_TI: torch.Tensor, x_scale_TG: torch.Tensor, weight: WeightOperands, is_column: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of the input [T, I] and of the weight [O, I], in the dtype of ``dy_TO``.
+
+    Args:
+        dy_TO: gradient of the output.
+        x_codes_TI: codes of the input.
+        x_scale_TG: their scales.
+        weight: as in ``scaled_product``; with transposed codes, dY is rounded to 8 bits.
+        is_column: the weight has a scale for each output, not for each group of inputs.
+    """
+    dtype = dy_TO.dtype
+    if weight.columns is None:
+        return _input_gradient(dy_TO, weight, is_column), _weight_gradient(dy_TO, x_codes_TI, x_scale_TG)
+    w_scale_O, w_scale_G = (weight.scale, None) if is_column else (None, weight.scale)
+    grad = quantize_grad(dy_TO, x_scale_TG, w_scale_O, x_codes_TI.dtype)
+    dx_TI = input_grad(grad, weight.columns, w_scale_G)
+    return dx_TI.to(dtype), weight_grad(grad, transpose_codes(x_codes_TI)).to(dtype)
+
+
+def _input_gradient(dy_TO: torch.Tensor, weight: WeightOperands, is_column: bool) -> torch.Tensor:
+    w_OI = weight.rows.to(dy_TO.dtype)
+    if is_column:
+        return scaled(dy_TO, weight.scale) @ w_OI
+    return scaled((dy_TO @ w_OI).unflatten(-1, (len(weight.scale), -1)), weight.scale[:, None]).flatten(-2)
+
+
+def _weight_gradient(dy_TO: torch.Tensor, x_codes_TI: torch.Tensor, x_scale_TG: torch.Tensor) -> torch.Tensor:
+    """Each group's token scale is folded into dY."""
+    x_codes = x_codes_TI.to(dy_TO.dtype).chunk(x_scale_TG.shape[1], 1)
+    parts = [scaled(dy_TO, scale).T @ codes for scale, codes in zip(x_scale_TG.split(1, 1), x_codes, strict=True)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def scaled(grad: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """grad * scale in fp32 (fp64 for fp64), rounded once."""
+    return (grad * scale).to(grad.dtype)

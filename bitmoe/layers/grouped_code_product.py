@@ -1,0 +1,88 @@
+"""Products of the ternary linears of routed experts on one rank: ``code_product`` for rows sorted by expert."""
+
+import torch
+
+from bitmoe.layers.code_product import scaled
+from bitmoe.layers.collectives import tree_sum
+from bitmoe.quant.ternary_codes import WeightOperands
+from bitmoe_kernels.grouped_ternary_gemm import (
+    grouped_code_matmul,
+    grouped_input_grad,
+    grouped_k_major_codes,
+    grouped_matmul,
+    grouped_outer,
+    grouped_quantize_grad,
+    grouped_scaled_code_matmul,
+    grouped_weight_grad,
+)
+
+# Shapes: R = rows (token copies) sorted by local expert, E = local experts, I = inputs, O = outputs,
+#         G = groups of inputs.
+
+
+def grouped_scaled_product(
+    x_codes_RI: torch.Tensor,
+    x_scale_RG: torch.Tensor,
+    weight: WeightOperands,
+    ends_E: torch.Tensor,
+    expert_R: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Multiply each expert's codes, then apply scales.
+
+    Args:
+        x_codes_RI: codes of the input.
+        x_scale_RG: their scales.
+        weight: codes [E, O, I], and a scale for each output [E, O] (then G = 1) or for each group of inputs [E, G].
+        ends_E: where each expert's rows end, int32.
+        expert_R: which expert each row belongs to, int32.
+        dtype: of the result; groups are added as in ``scaled_product``.
+
+    Returns:
+        [R, O].
+    """
+    num_groups = x_scale_RG.shape[1]
+    if x_scale_RG.dtype == torch.float32 and (num_groups == 1 or dtype == torch.bfloat16):
+        return grouped_scaled_code_matmul(x_codes_RI, x_scale_RG, weight.rows, weight.scale, ends_E, dtype)
+    x_codes, w_codes = x_codes_RI.chunk(num_groups, 1), weight.rows.chunk(num_groups, 2)
+    w_scale_R = weight.scale[expert_R]
+
+    def part(group: int) -> torch.Tensor:
+        sums_RO = grouped_code_matmul(x_codes[group], w_codes[group], ends_E).to(x_scale_RG.dtype)
+        return sums_RO * x_scale_RG[:, group, None] * (w_scale_R[:, group, None] if num_groups > 1 else w_scale_R)
+
+    return tree_sum(part, num_groups).to(dtype)
+
+
+def grouped_gradients(
+    dy_RO: torch.Tensor,
+    x_codes_RI: torch.Tensor,
+    x_scale_RG: torch.Tensor,
+    weight: WeightOperands,
+    ends_E: torch.Tensor,
+    expert_R: torch.Tensor,
+    is_column: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of the input [R, I] and of the weights [E, O, I], in the dtype of ``dy_RO``; as ``gradients``."""
+    dtype, dy_RO = dy_RO.dtype, dy_RO.contiguous()
+    if weight.columns is None:
+        w_EOI, w_scale_R = weight.rows.to(dtype), weight.scale[expert_R]
+        dx_RI = grouped_matmul(scaled(dy_RO, w_scale_R) if is_column else dy_RO, w_EOI, ends_E)
+        if not is_column:
+            dx_RI = scaled(dx_RI.unflatten(1, (w_scale_R.shape[1], -1)), w_scale_R[:, :, None]).flatten(1)
+        return dx_RI, _weight_gradient(dy_RO, x_codes_RI, x_scale_RG, ends_E)
+    w_scale_EO, w_scale_EG = (weight.scale, None) if is_column else (None, weight.scale)
+    grad = grouped_quantize_grad(dy_RO, x_scale_RG, w_scale_EO, ends_E, x_codes_RI.dtype)
+    dx_RI = grouped_input_grad(grad, weight.columns, w_scale_EG, ends_E)
+    dw_EOI = grouped_weight_grad(grad, grouped_k_major_codes(x_codes_RI, x_codes_RI.dtype, ends_E))
+    return dx_RI.to(dtype), dw_EOI.to(dtype)
+
+
+def _weight_gradient(
+    dy_RO: torch.Tensor, x_codes_RI: torch.Tensor, x_scale_RG: torch.Tensor, ends_E: torch.Tensor
+) -> torch.Tensor:
+    """Each group's token scale is folded into dY."""
+    x_codes = x_codes_RI.to(dy_RO.dtype).chunk(x_scale_RG.shape[1], 1)
+    scales = x_scale_RG.split(1, 1)
+    parts = [grouped_outer(scaled(dy_RO, scale), x, ends_E) for scale, x in zip(scales, x_codes, strict=True)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)

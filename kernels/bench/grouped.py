@@ -1,0 +1,267 @@
+"""Both linears of routed experts, forward and backward: bf16 torch._grouped_mm against 8-bit products.
+
+    PYTHONPATH=kernels python kernels/bench/grouped.py           # tables and one JSON line
+    PYTHONPATH=kernels python kernels/bench/grouped.py --tiles   # rates of the Triton kernels by tile, nothing else
+
+Plain functions (no autograd), one process; dispatch and the activation between the linears are left out on both sides.
+Ours pays for the rest: rows quantized, weights ternarized (once a pass: one micro-batch), transposed copies, dY
+rounded. Each variant of FP8 products is timed: torch._scaled_grouped_mm and the Triton kernel. Times are CUDA events,
+medians. No number is printed unless the products are exact and the gradients close to fp64.
+"""
+
+import itertools
+import json
+import sys
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
+from typing import NamedTuple
+
+import torch
+from linears import MIN_COSINE, commit, require, time_stages
+
+from bitmoe_kernels.act_quant import quantize_int4, quantize_int8
+from bitmoe_kernels.grouped_ternary_gemm import (
+    batched_k_major_codes,
+    grouped_input_grad,
+    grouped_k_major_codes,
+    grouped_quantize_grad,
+    grouped_scaled_code_matmul,
+    grouped_weight_grad,
+)
+from bitmoe_kernels.grouped_ternary_gemm.float8_matmul import BACKENDS
+from bitmoe_kernels.weight_quant import ternarize
+
+# Shapes: R = rows (token copies) sorted by expert, E = experts, I = inputs, O = outputs, G = groups of inputs.
+
+FLOAT8 = torch.float8_e4m3fn
+Mark = Callable[[str], None]
+
+
+class Layer(NamedTuple):
+    """A mixture of experts with gated FFNs."""
+
+    num_experts: int
+    hidden_size: int
+    ffn_size: int
+    top_k: int
+    num_tokens: int
+
+
+LAYERS = {
+    "8x(4096,14336) top-2": Layer(8, 4096, 14336, 2, 8192),
+    "64x(2048,1408) top-6": Layer(64, 2048, 1408, 6, 16384),
+}
+SMALL_LAYER = Layer(8, 512, 768, 2, 1024)
+VARIANTS = {
+    "8-bit torch FP8": {"backend": "torch"},
+    "8-bit Triton FP8": {"backend": "triton"},
+    "8-bit torch FP8, G=8": {"backend": "torch", "groups": 8},
+}
+STAGES = ("forward", "dgrad", "wgrad")
+
+
+def make_inputs(layer: Layer, seed: int = 0) -> tuple[torch.Tensor, dict[str, tuple]]:
+    """Ends int32 [E] of a balanced router, and x [R, I], w [E, O, I], dy [R, O] in bf16 of both linears."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+
+    def normal(*shape: int, size: float = 1.0) -> torch.Tensor:
+        return torch.randn(*shape, device="cuda", dtype=torch.bfloat16, generator=generator).mul_(size)
+
+    logits_TE = torch.rand(layer.num_tokens, layer.num_experts, device="cuda", generator=generator)
+    chosen = logits_TE.topk(layer.top_k, dim=1).indices.flatten()
+    ends_E = torch.bincount(chosen, minlength=layer.num_experts).cumsum(0).int()
+    num_rows, linears = layer.num_tokens * layer.top_k, {}
+    sizes = {"gate_up": (2 * layer.ffn_size, layer.hidden_size), "down": (layer.hidden_size, layer.ffn_size)}
+    for name, (outputs, inputs) in sizes.items():
+        dy_RO = normal(num_rows, outputs, size=1e-4).mul_(normal(num_rows, 1).exp())
+        linears[name] = normal(num_rows, inputs), normal(layer.num_experts, outputs, inputs, size=0.02), dy_RO
+    return ends_E, linears
+
+
+def eight_bit_linear(name: str, ends_E, x_RI, w_EOI, dy_RO, mark: Mark, backend: str = "torch", groups: int = 1):
+    """One linear of all experts, forward and backward; ``mark(stage)`` is called after each. Returns y, dX, dW.
+
+    gate and up read INT4 codes as e4m3 and have one scale each; down reads INT8 codes in ``groups`` groups.
+    """
+    BACKENDS.update(dict.fromkeys(BACKENDS, backend))
+    is_column, num_outputs = name == "gate_up", w_EOI.shape[1]
+    dtype = FLOAT8 if is_column else torch.int8
+    x_codes, x_scale = quantize_int4(x_RI) if is_column else quantize_int8(x_RI, groups)
+    x_rows = x_codes.to(dtype)
+    mark("quantize x")
+    w_codes, w_scale = ternarize(w_EOI, 2) if is_column else ternarize(w_EOI, groups, dim=1)
+    mark("ternarize w")
+    x_columns = grouped_k_major_codes(x_codes, dtype, ends_E)
+    w_rows, w_columns = batched_k_major_codes(w_codes, dtype)
+    w_scale_EO = w_scale.repeat_interleave(num_outputs // 2, dim=1, output_size=num_outputs) if is_column else None
+    mark("transpose codes")
+    y_RO = grouped_scaled_code_matmul(x_rows, x_scale, w_rows, w_scale_EO if is_column else w_scale, ends_E)
+    mark("forward")
+    grad = grouped_quantize_grad(dy_RO, x_scale, w_scale_EO, ends_E, dtype)
+    mark("round dy")
+    dx_RI = grouped_input_grad(grad, w_columns, None if is_column else w_scale, ends_E)
+    mark("dgrad")
+    dw_EOI = grouped_weight_grad(grad, x_columns)
+    mark("wgrad")
+    return y_RO, dx_RI, dw_EOI
+
+
+def bf16_linear(name: str, ends_E, x_RI, w_EOI, dy_RO, mark: Mark) -> None:
+    """The same products by torch's grouped kernel in bf16."""
+    torch._grouped_mm(x_RI, w_EOI.transpose(1, 2), offs=ends_E)
+    mark("forward")
+    torch._grouped_mm(dy_RO, w_EOI, offs=ends_E)
+    mark("dgrad")
+    torch._grouped_mm(dy_RO.T, x_RI, offs=ends_E)
+    mark("wgrad")
+
+
+def check_exactness(counts: tuple[int, ...] = (0, 300, 1, 0, 211)) -> None:
+    """Forward of random and of worst-case codes against fp64, which is exact here, with experts without rows."""
+    ends_E = torch.tensor(counts, device="cuda").cumsum(0).int()
+    num_rows, num_experts = sum(counts), len(counts)
+    for inputs, outputs in ((4096, 272), (14336, 144), (1408, 130)):
+        w = torch.randint(-1, 2, (num_experts, outputs, inputs), dtype=torch.int8, device="cuda")
+        x = torch.randint(-128, 128, (num_rows, inputs), dtype=torch.int8, device="cuda")
+        cases = [("random INT4", x.clamp(-8, 7), w), ("random INT8", x, w)]
+        cases += [(f"all {value}", torch.full_like(x, value), torch.ones_like(w)) for value in (7, -8, 127, -128)]
+        for what, x_codes, w_codes in cases:
+            parts = zip(x_codes.double().split(counts), w_codes.double(), strict=True)
+            truth = torch.cat([rows @ matrix.T for rows, matrix in parts])
+            for groups in (1, 8 if inputs % 128 == 0 else 2):
+                ones = torch.ones(num_rows, groups, device="cuda"), torch.ones(num_experts, groups, device="cuda")
+                for dtype in (torch.float32, torch.bfloat16):
+                    y = grouped_scaled_code_matmul(x_codes, ones[0], w_codes, ones[1], ends_E, dtype)
+                    is_exact = torch.equal(y, truth.to(dtype))
+                    require(is_exact, f"INT8 product of {what}, K={inputs}, G={groups}, {dtype} is not exact")
+            if x_codes.min() < -8 or x_codes.max() > 7:
+                continue
+            for backend in ("torch", "triton"):
+                BACKENDS["forward"] = backend
+                ones = torch.ones(num_rows, 1, device="cuda"), torch.ones(num_experts, 1, device="cuda")
+                y = grouped_scaled_code_matmul(x_codes.to(FLOAT8), ones[0], w_codes.to(FLOAT8), ones[1], ends_E)
+                require(torch.equal(y, truth.bfloat16()), f"{backend} FP8 product of {what}, K={inputs} is not exact")
+
+
+def dequantize(codes: torch.Tensor, scale: torch.Tensor, dim: int) -> torch.Tensor:
+    """codes * scale in fp64, the last dimension of scale being equal blocks of ``dim``."""
+    shape = [*scale.shape[:-1], *[1] * (codes.dim() - scale.dim()), scale.shape[-1], 1]
+    blocks = codes.double().movedim(dim, -1).unflatten(-1, (scale.shape[-1], -1))
+    return (blocks * scale.double().view(shape)).flatten(-2).movedim(-1, dim)
+
+
+def check_gradients() -> dict[str, dict[str, float]]:
+    """Cosine and relative Frobenius error of dX and dW against fp64 on the same codes, over all experts."""
+    report = {}
+    ends_E, linears = make_inputs(SMALL_LAYER, seed=1)
+    bounds = [0, *ends_E.tolist()]
+    for variant, options in VARIANTS.items():
+        for name, (x, w, dy) in linears.items():
+            _, dx, dw = eight_bit_linear(name, ends_E, x, w, dy, lambda stage: None, **options)
+            groups = options.get("groups", 1)
+            is_column = name == "gate_up"
+            x_dq = dequantize(*(quantize_int4(x) if is_column else quantize_int8(x, groups)), 1)
+            w_dq = dequantize(*ternarize(w, 2), 1) if is_column else dequantize(*ternarize(w, groups, dim=1), 2)
+            rows = [slice(*pair) for pair in zip(bounds[:-1], bounds[1:], strict=True)]
+            true_dx = torch.cat([dy[row].double() @ w_dq[e] for e, row in enumerate(rows)])
+            true_dw = torch.stack([dy[row].double().T @ x_dq[row] for row in rows])
+            for what, actual, truth in (("dx", dx.double(), true_dx), ("dw", dw.double(), true_dw)):
+                cosine = float((actual * truth).sum() / actual.norm() / truth.norm())
+                error = float((actual - truth).norm() / truth.norm())
+                require(cosine > MIN_COSINE, f"{what} of {name}, {variant}: cosine {cosine:.6f}")
+                report[f"{name} {what} {variant}"] = {"cosine": round(cosine, 6), "relative_error": round(error, 5)}
+    return report
+
+
+def time_layer(one_linear: Callable, ends_E: torch.Tensor, linears: dict) -> dict[str, float]:
+    """Median milliseconds of each linear's stages, and of the pass over both."""
+
+    def run(mark: Mark) -> None:
+        for name, tensors in linears.items():
+            one_linear(name, ends_E, *tensors, mark=lambda stage, name=name: mark(f"{name} {stage}"))
+
+    return time_stages(run)
+
+
+def print_tables(title: str, layer: Layer, tables: dict[str, dict[str, float]]) -> None:
+    """Milliseconds of every stage, then the products' rates; the first table is bf16."""
+    print(f"\n{title + ', ms':28}" + "".join(f"{name:>22}" for name in tables))
+    for stage in dict.fromkeys(stage for table in reversed(tables.values()) for stage in table):
+        cells = [table.get(stage) for table in tables.values()]
+        print(f"{stage:28}" + "".join(f"{cell:22.3f}" if cell is not None else f"{'-':>22}" for cell in cells))
+    print(f"{'products, TFLOP/s':28}" + "".join(f"{name:>22}" for name in tables))
+    down_flops = 2e-9 * layer.num_tokens * layer.top_k * layer.hidden_size * layer.ffn_size
+    for name, flops in (("gate_up", 2 * down_flops), ("down", down_flops)):
+        for stage in STAGES:
+            rates = [flops / table[f"{name} {stage}"] for table in tables.values()]
+            print(f"{name + ' ' + stage:28}" + "".join(f"{rate:22.0f}" for rate in rates))
+    totals = [9 * down_flops / table["total"] for table in tables.values()]
+    print(f"{'pass':28}" + "".join(f"{rate:22.0f}" for rate in totals))
+    for name, table in list(tables.items())[1:]:
+        print(f"{name}: {tables['bf16']['total'] / table['total']:.3f}x of bf16")
+
+
+def sweep_tiles() -> None:
+    """Rates of the Triton kernels by tile, for the down linear: products of rows, and of columns, int8 and e4m3."""
+    from bitmoe_kernels.grouped_ternary_gemm import triton_kernels
+
+    # m, n, k, warps, stages, programs on one processor.
+    tiles = [(128, 256, 128, 8, 3, 1), (128, 256, 128, 8, 4, 1), (256, 128, 128, 8, 3, 1), (128, 128, 128, 8, 4, 1)]
+    tiles += [(128, 128, 128, 4, 3, 2), (64, 128, 128, 4, 3, 2), (64, 256, 128, 4, 3, 1), (64, 128, 128, 4, 4, 2)]
+    for title, layer in LAYERS.items():
+        ends_E, linears = make_inputs(layer)
+        x_RI, w_EOI, dy_RO = linears["down"]
+        flops = 2e-9 * w_EOI[0].numel() * len(x_RI)
+        x_codes, x_scale = quantize_int8(x_RI)
+        w_codes, w_scale = ternarize(w_EOI, 1, dim=1)
+        w_scale_EO1 = w_scale[:, :, None].expand(-1, w_EOI.shape[1], 1)
+        y_RO, dw_EOI = torch.empty_like(dy_RO), torch.empty_like(w_EOI)
+        for dtype in (torch.int8, FLOAT8):
+            grad = grouped_quantize_grad(dy_RO, x_scale, None, ends_E, dtype)
+            x_columns = grouped_k_major_codes(x_codes, dtype, ends_E)
+            rows = (x_codes.to(dtype), x_scale, w_codes.to(dtype), w_scale_EO1, ends_E, x_RI.shape[1], y_RO)
+            columns = (*grad[2:4], x_columns, grad.padded_ends_E, grad.block_rows, dw_EOI)
+            products = {
+                "rows": (triton_kernels.grouped_matmul, rows),
+                "columns": (triton_kernels.grouped_outer, columns),
+            }
+            for (what, (product, args)), shape in itertools.product(products.items(), tiles):
+                tile = dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages"), shape[:5], strict=True))
+
+                def run(mark: Mark, product=product, args=args, tile=tile, per_processor=shape[5]) -> None:
+                    product(*args, tile, per_processor)
+                    mark("product")
+
+                try:
+                    print(title, dtype, what, shape, f"{flops / time_stages(run)['product']:.0f} TOPS", flush=True)
+                except Exception as error:  # noqa: BLE001
+                    print(title, dtype, what, shape, f"does not run: {type(error).__name__}: {error}"[:200])
+
+
+def main() -> None:
+    """Check, time, print."""
+    require(torch.cuda.is_available(), "this needs a GPU")
+    torch.manual_seed(0)
+    check_exactness()
+    if "--tiles" in sys.argv:
+        sweep_tiles()
+        return
+    gradients = check_gradients()
+    for what, figures in gradients.items():
+        print(f"{what:36} cosine {figures['cosine']:.6f}  relative error {figures['relative_error']:.4f}")
+    result = {"bench": "grouped", "gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
+    result |= {"triton": version("triton"), "commit": commit(), "gradients": gradients, "layers": {}}
+    for title, layer in LAYERS.items():
+        ends_E, linears = make_inputs(layer)
+        tables = {"bf16": time_layer(bf16_linear, ends_E, linears)}
+        for variant, options in VARIANTS.items():
+            tables[variant] = time_layer(partial(eight_bit_linear, **options), ends_E, linears)
+        print_tables(title, layer, tables)
+        result["layers"][title] = tables
+        del linears
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,333 @@
+"""Triton GEMMs of routed experts: INT8 and FP8, over the rows of each expert and over their contraction.
+
+What      One persistent kernel for [R, K] x [E, N, K] (forward, dgrad) and one for the wgrad, with the main loop of the
+          dense ``ternary_gemm`` kernel. The number of rows of an expert is read on the device (triton_row_tiles.py).
+Contract  codes int8 or e4m3, last dimension contiguous; scales fp32; outputs are allocated by the caller. Rows past
+          ``ends_E[-1]`` are neither read into results nor written.
+Numerics  int8 has the bits of the reference. FP8 sums stay in the tensor cores (about 14 significant bits) for one
+          chunk of k; chunks are added in fp32.
+Not here  rounding and transposing (triton_codes.py), checks and dispatch (op.py, backward.py, float8_matmul.py).
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from bitmoe_kernels.grouped_ternary_gemm.reference import PADDING
+from bitmoe_kernels.grouped_ternary_gemm.triton_row_tiles import row_tiles
+from bitmoe_kernels.ternary_gemm.triton_kernels import (
+    SHORT_TILE,
+    SQUARE_TILE,
+    TILES_PER_STRIP,
+    WIDE_TILE,
+    _num_processors,
+)
+
+# Shapes: R = rows sorted by expert, E = experts, K = contracted, N = columns of a product, C = chunks of k, or slots of
+#         column scales; I = inputs, O = outputs, G = groups of inputs, P = padded rows.
+
+
+@triton.jit
+def _place_in_strip(tile, tiles_m, tiles_n, TILES_PER_STRIP: tl.constexpr):
+    """Tile's m and n: strips of a few tiles of m, so that a wave of programs shares its operands in L2."""
+    strip = tile // (TILES_PER_STRIP * tiles_n)
+    strip_size = min(tiles_m - strip * TILES_PER_STRIP, TILES_PER_STRIP)
+    in_strip = tile % (TILES_PER_STRIP * tiles_n)
+    return strip * TILES_PER_STRIP + in_strip % strip_size, in_strip // strip_size
+
+
+@triton.jit
+def _scaled(sums, a_scale_ptrs, b_scale_ptrs, HAS_B_SCALE: tl.constexpr):
+    """Sums [M, N] in fp32 times a scale per row, then, where there is one, times a scale per column."""
+    scaled = sums.to(tl.float32) * tl.load(a_scale_ptrs)[:, None]
+    if HAS_B_SCALE:
+        scaled *= tl.load(b_scale_ptrs)[None, :]
+    return scaled
+
+
+@triton.jit
+def _product(
+    a_ptrs,
+    b_ptrs,
+    a_scale_ptrs,
+    b_scale_ptrs,
+    K,
+    num_chunks,
+    chunk_size,
+    a_scale_chunk_stride,
+    b_scale_chunk_stride,
+    ONE_CHUNK: tl.constexpr,
+    SCALE_CHUNKS: tl.constexpr,
+    HAS_B_SCALE: tl.constexpr,
+    SUM_DTYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One tile in fp32: chunks of k added in order, each scaled by itself (SCALE_CHUNKS) or all of them at the end."""
+    offs_k = tl.arange(0, BLOCK_K)
+    steps_per_chunk = tl.cdiv(chunk_size, BLOCK_K)
+    full_chunks = num_chunks - 1
+    num_steps = full_chunks * steps_per_chunk + tl.cdiv(K - full_chunks * chunk_size, BLOCK_K)
+    sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=SUM_DTYPE)
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for step in range(num_steps):
+        chunk = step // steps_per_chunk
+        start = chunk * chunk_size
+        k = (step - chunk * steps_per_chunk) * BLOCK_K
+        length = min(chunk_size, K - start)
+        mask_k = offs_k < length - k
+        a = tl.load(a_ptrs + (start + k), mask=mask_k[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
+        b = tl.load(b_ptrs + (start + k), mask=mask_k[:, None], other=0.0)  # [BLOCK_K, BLOCK_N]
+        sums = tl.dot(a, b, sums, out_dtype=SUM_DTYPE)
+        # One flat loop keeps the loads in flight from chunk to chunk.
+        if not ONE_CHUNK and k + BLOCK_K >= length:
+            if SCALE_CHUNKS:
+                chunk_b_scale_ptrs = b_scale_ptrs + chunk * b_scale_chunk_stride
+                total += _scaled(sums, a_scale_ptrs + chunk * a_scale_chunk_stride, chunk_b_scale_ptrs, HAS_B_SCALE)
+            else:
+                total += sums.to(tl.float32)
+            sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=SUM_DTYPE)
+    if ONE_CHUNK:
+        total = sums.to(tl.float32)
+    if not SCALE_CHUNKS:
+        total = _scaled(total, a_scale_ptrs, b_scale_ptrs, HAS_B_SCALE)
+    return total
+
+
+@triton.jit
+def _grouped_matmul_kernel(
+    a_ptr,
+    b_ptr,
+    a_scale_ptr,
+    b_scale_ptr,
+    out_ptr,
+    table_ptr,
+    count_ptr,
+    max_tiles,
+    N,
+    K,
+    num_chunks,
+    chunk_size,
+    num_scales,
+    a_stride,
+    b_expert_stride,
+    b_stride,
+    b_scale_expert_stride,
+    b_scale_n_stride,
+    b_scale_chunk_stride,
+    out_stride,
+    ONE_CHUNK: tl.constexpr,
+    SCALE_CHUNKS: tl.constexpr,
+    SUM_DTYPE: tl.constexpr,
+    TILES_PER_STRIP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    tiles_m = tl.load(count_ptr)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=ONE_CHUNK):
+        slot, tile_n = _place_in_strip(tile, tiles_m, tiles_n, TILES_PER_STRIP)
+        expert = tl.load(table_ptr + slot)
+        first_row = tl.load(table_ptr + max_tiles + slot)
+        end_row = tl.load(table_ptr + 2 * max_tiles + slot)
+        offs_m = first_row + tl.arange(0, BLOCK_M)
+        offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        # Rows past the expert's end read its first one and are not stored: no mask in the main loop for them.
+        rows_m = tl.where(offs_m < end_row, offs_m, first_row)
+        rows_n = tl.where(offs_n < N, offs_n, 0)
+        total = _product(
+            a_ptr + rows_m[:, None].to(tl.int64) * a_stride + offs_k[None, :],
+            b_ptr + expert.to(tl.int64) * b_expert_stride + rows_n[None, :].to(tl.int64) * b_stride + offs_k[:, None],
+            a_scale_ptr + rows_m * num_scales,
+            b_scale_ptr + expert * b_scale_expert_stride + rows_n * b_scale_n_stride,
+            K,
+            num_chunks,
+            chunk_size,
+            1,
+            b_scale_chunk_stride,
+            ONE_CHUNK,
+            SCALE_CHUNKS,
+            True,
+            SUM_DTYPE,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+        )
+        out_ptrs = out_ptr + offs_m[:, None].to(tl.int64) * out_stride + offs_n[None, :]
+        mask = (offs_m < end_row)[:, None] & (offs_n < N)[None, :]
+        tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def grouped_matmul(
+    a_RK: torch.Tensor,
+    a_scale_RC: torch.Tensor,
+    b_ENK: torch.Tensor,
+    b_scale_ENC: torch.Tensor,
+    ends_E: torch.Tensor,
+    chunk_size: int,
+    out_RN: torch.Tensor,
+    tile: dict | None = None,
+    programs_per_processor: int = 1,
+) -> None:
+    """out[r, n] = sum over chunks c, in order, of (sum over k in c of a * b) * a_scale[r, c] * b_scale[e, n, c].
+
+    ``b_scale_ENC`` may be expanded (stride 0). ``chunk_size`` is the number of k with one scale or, where there is one
+    scale only, the number of k after which FP8 sums are promoted to fp32. ``tile`` and ``programs_per_processor`` are
+    for measurements and tests.
+    """
+    (num_rows, k), num_scales = a_RK.shape, a_scale_RC.shape[1]
+    num_experts, n, _ = b_ENK.shape
+    num_chunks = triton.cdiv(k, chunk_size)
+    # Several chunks take twice the registers, and a wide tile of fp32 results does not fit beside the loads in flight.
+    is_wide = num_chunks == 1 and out_RN.element_size() == 2
+    is_short = num_rows <= SHORT_TILE["BLOCK_M"] * num_experts
+    tile = tile or (SHORT_TILE if is_short else WIDE_TILE if is_wide else SQUARE_TILE)
+    if not num_rows * n:
+        return
+    tiles = row_tiles(ends_E, num_rows, tile["BLOCK_M"])
+    max_tiles = tiles.table_4S.shape[1]
+    num_programs = min(
+        max_tiles * triton.cdiv(n, tile["BLOCK_N"]), _num_processors(a_RK.device) * programs_per_processor
+    )
+    _grouped_matmul_kernel[(num_programs,)](
+        a_RK,
+        b_ENK,
+        a_scale_RC.contiguous(),
+        b_scale_ENC,
+        out_RN,
+        tiles.table_4S,
+        tiles.count_1,
+        max_tiles,
+        n,
+        k,
+        num_chunks,
+        chunk_size,
+        num_scales,
+        a_RK.stride(0),
+        b_ENK.stride(0),
+        b_ENK.stride(1),
+        *b_scale_ENC.stride(),
+        out_RN.stride(0),
+        ONE_CHUNK=num_chunks == 1,
+        SCALE_CHUNKS=num_scales > 1,
+        SUM_DTYPE=_sum_dtype(a_RK),
+        TILES_PER_STRIP=TILES_PER_STRIP,
+        enable_fp_fusion=False,
+        **tile,
+    )
+
+
+def _sum_dtype(codes: torch.Tensor) -> tl.dtype:
+    return tl.int32 if codes.dtype == torch.int8 else tl.float32
+
+
+@triton.jit
+def _grouped_outer_kernel(
+    a_ptr,
+    b_ptr,
+    a_scale_ptr,
+    out_ptr,
+    padded_ends_ptr,
+    num_experts,
+    num_groups,
+    num_slots,
+    M,
+    N,
+    num_columns,
+    block_rows,
+    ONE_CHUNK: tl.constexpr,
+    SUM_DTYPE: tl.constexpr,
+    PADDING: tl.constexpr,
+    TILES_PER_STRIP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    num_tiles = num_experts * num_groups * tiles_m * tiles_n
+    offs_k = tl.arange(0, BLOCK_K)
+    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+        batch = tile // (tiles_m * tiles_n)
+        expert = batch // num_groups
+        group = (batch % num_groups).to(tl.int64)
+        tile_m, tile_n = _place_in_strip(tile % (tiles_m * tiles_n), tiles_m, tiles_n, TILES_PER_STRIP)
+        start = tl.multiple_of(tl.load(padded_ends_ptr + expert - 1, mask=expert > 0, other=0), PADDING)
+        K = tl.multiple_of(tl.load(padded_ends_ptr + expert) - start, PADDING)
+        slot = start // block_rows + expert
+        offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        # Rows past the end read row 0 and are not stored.
+        rows_m = tl.where(offs_m < M, offs_m, 0).to(tl.int64)
+        rows_n = tl.where(offs_n < N, offs_n, 0).to(tl.int64)
+        total = _product(
+            a_ptr + start + (group * M + rows_m)[:, None] * num_columns + offs_k[None, :],
+            b_ptr + start + (group * N + rows_n)[None, :] * num_columns + offs_k[:, None],
+            a_scale_ptr + (group * num_slots + slot) * M + rows_m,
+            a_scale_ptr,
+            K,
+            1 if ONE_CHUNK else tl.cdiv(K, block_rows),
+            K if ONE_CHUNK else block_rows,
+            M,
+            0,
+            ONE_CHUNK,
+            not ONE_CHUNK,
+            False,
+            SUM_DTYPE,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+        )
+        out_rows = (expert.to(tl.int64) * M + offs_m)[:, None] * (num_groups * N)
+        out_ptrs = out_ptr + out_rows + group * N + offs_n[None, :]
+        tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
+
+
+def grouped_outer(
+    a_GOP: torch.Tensor,
+    a_scale_GCO: torch.Tensor,
+    b_IP: torch.Tensor,
+    padded_ends_E: torch.Tensor,
+    block_rows: int,
+    out_EOI: torch.Tensor,
+    tile: dict | None = None,
+    programs_per_processor: int = 1,
+) -> None:
+    """README eq. 5: contract each expert's padded rows, block by block for int8; all tensors contiguous.
+
+    Blocks are scaled by themselves; e4m3 has one block an expert. ``tile`` and ``programs_per_processor`` are for
+    measurements and tests.
+    """
+    num_groups, num_outputs, num_columns = a_GOP.shape
+    num_experts, _, num_inputs = out_EOI.shape
+    group_inputs = num_inputs // num_groups
+    is_one_chunk = a_GOP.dtype == torch.float8_e4m3fn
+    tile = tile or (WIDE_TILE if is_one_chunk else SQUARE_TILE)
+    num_tiles = num_experts * num_groups
+    num_tiles *= triton.cdiv(num_outputs, tile["BLOCK_M"]) * triton.cdiv(group_inputs, tile["BLOCK_N"])
+    if not num_tiles:
+        return
+    num_programs = min(num_tiles, _num_processors(a_GOP.device) * programs_per_processor)
+    _grouped_outer_kernel[(num_programs,)](
+        a_GOP,
+        b_IP,
+        a_scale_GCO,
+        out_EOI,
+        padded_ends_E,
+        num_experts,
+        num_groups,
+        a_scale_GCO.shape[1],
+        num_outputs,
+        group_inputs,
+        num_columns,
+        block_rows,
+        ONE_CHUNK=is_one_chunk,
+        SUM_DTYPE=_sum_dtype(a_GOP),
+        PADDING=PADDING,
+        TILES_PER_STRIP=TILES_PER_STRIP,
+        enable_fp_fusion=False,
+        **tile,
+    )

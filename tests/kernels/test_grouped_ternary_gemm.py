@@ -1,0 +1,220 @@
+"""The 8-bit forward of routed experts: each expert's rows with its own codes and scales, and nobody else's."""
+
+import pytest
+import torch
+
+from bitmoe_kernels.grouped_ternary_gemm import (
+    batched_k_major_codes,
+    float8_matmul,
+    grouped_k_major_codes,
+    grouped_scaled_code_matmul,
+)
+from bitmoe_kernels.grouped_ternary_gemm.reference import (
+    expert_slices,
+    grouped_k_major_codes_reference,
+    grouped_scaled_code_matmul_reference,
+    padded_ends_reference,
+    padded_rows,
+)
+from bitmoe_kernels.ternary_gemm.reference import k_major_codes_reference, scaled_code_matmul_reference
+
+# Without a GPU the kernels run in Triton's interpreter, which cuts bf16 off instead of rounding: fp32 there.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TILE = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
+FLOAT8 = torch.float8_e4m3fn
+# An expert without rows between others and at either end, all rows with one expert, no row at all.
+COUNTS = [[17, 0, 32, 1], [0, 0, 50, 0], [0, 3, 40, 7], [0, 0, 0, 0]]
+
+
+def codes(*shape: int, low: int, high: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randint(low, high + 1, shape, generator=generator, dtype=torch.int8).to(DEVICE)
+
+
+def scales(*shape: int) -> torch.Tensor:
+    return (torch.rand(*shape, generator=torch.Generator().manual_seed(7)) + 0.1).to(DEVICE)
+
+
+def ends(counts: list[int]) -> torch.Tensor:
+    return torch.tensor(counts).cumsum(0).int().to(DEVICE)
+
+
+def bits(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous().view(torch.int8)
+
+
+def poisoned(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.full((*shape, dtype.itemsize), 0x7F, dtype=torch.uint8, device=DEVICE).view(dtype).squeeze(-1)
+
+
+def expected_tiles(counts: list[int], block: int, cover_padding: bool) -> list[tuple[int, int, int, int]]:
+    tiles, start, column = [], 0, 0
+    for expert, count in enumerate(counts):
+        padded = max(-(-count // 16), 1) * 16
+        for offset in range(0, padded if cover_padding else count, block):
+            tiles.append((expert, start + offset, start + count, column + offset))
+        start, column = start + count, column + padded
+    return tiles
+
+
+@pytest.mark.parametrize("cover_padding", [False, True])
+@pytest.mark.parametrize("counts", [*COUNTS, [5], [31, 32, 33] + [0] * 30 + [64]], ids=str)
+def test_row_tiles(counts, cover_padding):
+    tiles = pytest.importorskip("bitmoe_kernels.grouped_ternary_gemm.triton_row_tiles")
+    max_rows = padded_rows(sum(counts), len(counts)) if cover_padding else sum(counts)
+    found = tiles.row_tiles(ends(counts), max_rows, 32, cover_padding=cover_padding)
+    expected = expected_tiles(counts, 32, cover_padding)
+    assert found.count_1.item() == len(expected) <= found.table_4S.shape[1]
+    assert list(zip(*found.table_4S[:, : len(expected)].tolist(), strict=True)) == expected
+    assert torch.equal(found.padded_ends_E.cpu(), padded_ends_reference(ends(counts)).cpu())
+    assert found.padded_ends_E[-1] <= padded_rows(sum(counts), len(counts))
+
+
+@pytest.mark.parametrize(("inputs", "outputs", "groups"), [(48, 40, 1), (64, 70, 2), (20, 33, 1), (90, 40, 3)])
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+def test_grouped_int8_matmul_has_the_references_bits(counts, inputs, outputs, groups):
+    kernels = pytest.importorskip("bitmoe_kernels.grouped_ternary_gemm.triton_kernels")
+    # Two rows past the last expert's: whatever they hold stays out, and their results are not written.
+    num_rows = sum(counts) + 2
+    x, w = codes(num_rows, inputs, low=-128, high=127), codes(4, outputs, inputs, low=-1, high=1)
+    x_scale, w_scale = scales(num_rows, groups), scales(4, outputs, groups)
+    x_scale[-2:] = float("nan")
+    y = poisoned(num_rows, outputs, dtype=torch.float32)
+    kernels.grouped_matmul(x, x_scale, w, w_scale, ends(counts), inputs // groups, y, tile=TILE)
+    expected = grouped_scaled_code_matmul_reference(x, x_scale, w, w_scale, ends(counts), torch.float32)
+    assert torch.equal(y[:-2], expected[:-2])
+    assert torch.equal(y[-2:], poisoned(2, outputs, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("chunk_size", [64, 96])
+@pytest.mark.parametrize("value", [None, 7, -8])
+def test_grouped_float8_matmul_is_exact(value, chunk_size):
+    kernels = pytest.importorskip("bitmoe_kernels.grouped_ternary_gemm.triton_kernels")
+    x, w = codes(50, 96, low=-8, high=7), codes(4, 40, 96, low=-1, high=1)
+    if value is not None:
+        x, w = torch.full_like(x, value), torch.ones_like(w)
+    one_R1, one_EN1 = torch.ones(50, 1, device=DEVICE), torch.ones(4, 40, 1, device=DEVICE)
+    y = poisoned(50, 40, dtype=torch.float32)
+    ends_E = ends(COUNTS[0])
+    kernels.grouped_matmul(x.to(FLOAT8), one_R1, w.to(FLOAT8), one_EN1, ends_E, chunk_size, y, tile=TILE)
+    assert torch.equal(y, grouped_scaled_code_matmul_reference(x, one_R1, w, one_EN1, ends_E, torch.float32))
+
+
+def test_reference_is_the_dense_one_for_each_expert():
+    counts, x, w = COUNTS[0], codes(50, 48, low=-128, high=127), codes(4, 40, 48, low=-1, high=1)
+    x_scale, w_scale = scales(50, 2), scales(4, 2)
+    y = grouped_scaled_code_matmul(x, x_scale, w, w_scale, ends(counts), torch.float32)
+    for expert, rows in enumerate(expert_slices(ends(counts))):
+        args = x[rows], x_scale[rows], w[expert], w_scale[expert].expand(40, 2), torch.float32
+        assert torch.equal(y[rows], scaled_code_matmul_reference(*args))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, FLOAT8], ids=str)
+@pytest.mark.parametrize(("inputs", "outputs"), [(48, 40), (20, 33), (4096, 48)])
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+def test_grouped_scaled_code_matmul(counts, inputs, outputs, dtype):
+    x, w = codes(sum(counts), inputs, low=-8, high=7), codes(4, outputs, inputs, low=-1, high=1)
+    x_scale = scales(sum(counts), 1)
+    for w_scale in (scales(4, 1), scales(4, outputs)):
+        y = grouped_scaled_code_matmul(x.to(dtype), x_scale, w.to(dtype), w_scale, ends(counts))
+        w_scale_EO1 = w_scale.expand(4, outputs).unsqueeze(2)
+        expected = grouped_scaled_code_matmul_reference(x, x_scale, w, w_scale_EO1, ends(counts), torch.bfloat16)
+        if dtype == torch.int8:
+            assert torch.equal(y, expected)
+        else:
+            torch.testing.assert_close(y, expected, rtol=2**-7, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("counts", [[0, 700, 1, 323], [0, 5, 0, 2]], ids=str)
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_grouped_scaled_code_matmul_on_gpu_has_the_references_bits(counts, groups, out_dtype):
+    x, w = codes(sum(counts), 2816, low=-128, high=127), codes(4, 400, 2816, low=-1, high=1)
+    x_scale, w_scale = scales(sum(counts), groups), scales(4, groups)
+    y = grouped_scaled_code_matmul(x, x_scale, w, w_scale, ends(counts), out_dtype)
+    w_scale_EOG = w_scale.unsqueeze(1).expand(-1, 400, -1)
+    args = (x, x_scale, w, w_scale_EOG, ends(counts))
+    assert torch.equal(y.cpu(), grouped_scaled_code_matmul_reference(*(arg.cpu() for arg in args), out_dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("value", [None, 7, -8])
+def test_grouped_float8_forward_is_exact_on_gpu(monkeypatch, backend, value):
+    monkeypatch.setitem(float8_matmul.BACKENDS, "forward", backend)
+    counts = [0, 700, 1, 323]
+    x, w = codes(1024, 16384, low=-8, high=7), codes(4, 272, 16384, low=-1, high=1)
+    if value is not None:
+        x, w = torch.full_like(x, value), torch.ones_like(w)
+    one_R1, one_E1 = torch.ones(1024, 1, device=DEVICE), torch.ones(4, 1, device=DEVICE)
+    y = grouped_scaled_code_matmul(x.to(FLOAT8), one_R1, w.to(FLOAT8), one_E1, ends(counts))
+    assert torch.equal(y, grouped_scaled_code_matmul(x, one_R1, w, one_E1, ends(counts)))
+
+
+@pytest.mark.parametrize("column_dtype", [torch.int8, FLOAT8], ids=str)
+@pytest.mark.parametrize("inputs", [20, 130])
+@pytest.mark.parametrize("counts", [*COUNTS, [130, 0, 1, 256]], ids=str)
+def test_grouped_k_major_codes_kernel_is_exact(counts, inputs, column_dtype):
+    kernels = pytest.importorskip("bitmoe_kernels.grouped_ternary_gemm.triton_codes")
+    x = codes(sum(counts) + 3, inputs, low=-8, high=7)
+    columns = poisoned(inputs, padded_rows(len(x), len(counts)), dtype=column_dtype)
+    kernels.grouped_k_major_codes(x, ends(counts), columns)
+    end = int(padded_ends_reference(ends(counts))[-1])
+    expected = grouped_k_major_codes_reference(x, column_dtype, ends(counts))
+    assert torch.equal(bits(columns[:, :end]), bits(expected[:, :end]))
+    assert torch.equal(bits(columns[:, end:]), bits(torch.empty_like(columns[:, end:])).fill_(0x7F))
+
+
+def test_grouped_k_major_codes_puts_experts_at_multiples_of_16():
+    counts, x = [17, 0, 5], codes(22, 3, low=-8, high=7)
+    columns = grouped_k_major_codes(x, torch.int8, ends(counts))
+    assert columns.shape == (3, 32 + 48)
+    assert torch.equal(columns[:, :17], x[:17].T)
+    assert torch.equal(columns[:, 48:53], x[17:].T)
+    assert columns[:, 17:48].abs().max() == columns[:, 53:64].abs().max() == 0
+    assert torch.equal(
+        bits(grouped_k_major_codes(x.to(FLOAT8), FLOAT8, ends(counts))[:, :64]), bits(columns[:, :64].to(FLOAT8))
+    )
+
+
+@pytest.mark.parametrize("row_dtype", [torch.int8, FLOAT8], ids=str)
+@pytest.mark.parametrize(("experts", "outputs", "inputs"), [(3, 40, 20), (2, 130, 140), (1, 16, 1)])
+def test_batched_k_major_codes(experts, outputs, inputs, row_dtype):
+    w = codes(experts, outputs, inputs, low=-1, high=1)
+    rows, columns = batched_k_major_codes(w, row_dtype)
+    kernels = pytest.importorskip("bitmoe_kernels.grouped_ternary_gemm.triton_codes")
+    kernel_rows = poisoned(experts, outputs, inputs, dtype=FLOAT8) if row_dtype == FLOAT8 else None
+    kernel_columns = poisoned(*columns.shape, dtype=FLOAT8)
+    kernels.batched_k_major_codes(w, kernel_rows, kernel_columns)
+    assert torch.equal(bits(kernel_columns), bits(columns))
+    assert kernel_rows is None or torch.equal(bits(kernel_rows), bits(rows))
+    for expert in range(experts):
+        expected = k_major_codes_reference(w[expert], row_dtype, FLOAT8)
+        assert torch.equal(bits(rows[expert]), bits(expected[0]))
+        assert torch.equal(bits(columns[expert]), bits(expected[1]))
+
+
+def test_forward_refuses():
+    x, w, x_scale, w_scale = codes(4, 8, low=-8, high=7), codes(2, 6, 8, low=-1, high=1), scales(4, 1), scales(2, 1)
+    end = ends([1, 3])
+    with pytest.raises(TypeError, match="ends must be int32, got torch.int64"):
+        grouped_scaled_code_matmul(x, x_scale, w, w_scale, end.long())
+    with pytest.raises(TypeError, match="must all be int8 or all float8_e4m3fn"):
+        grouped_scaled_code_matmul(x.to(FLOAT8), x_scale, w, w_scale, end)
+    with pytest.raises(ValueError, match=r"must be \[R, I\] and \[2, O, I\]"):
+        grouped_scaled_code_matmul(x, x_scale, w[:1], w_scale, end)
+    with pytest.raises(ValueError, match="contracted sizes 8 and 7"):
+        grouped_scaled_code_matmul(x, x_scale, w[:, :, :7], w_scale, end)
+    with pytest.raises(ValueError, match=r"x_scale must be fp32 \[4, groups\]"):
+        grouped_scaled_code_matmul(x, x_scale[:3], w, w_scale, end)
+    with pytest.raises(ValueError, match="groups=3 does not cut 8 inputs"):
+        grouped_scaled_code_matmul(x, scales(4, 3), w, w_scale, end)
+    with pytest.raises(ValueError, match=r"w_scale must be fp32 of shape \(2, 1\) or \(2, 6\)"):
+        grouped_scaled_code_matmul(x, x_scale, w, scales(2, 2), end)
+    with pytest.raises(ValueError, match="e4m3 codes need one group"):
+        grouped_scaled_code_matmul(x.to(FLOAT8), scales(4, 2), w.to(FLOAT8), scales(2, 2), end)
+    with pytest.raises(TypeError, match="e4m3 codes stay e4m3"):
+        grouped_k_major_codes(x.to(FLOAT8), torch.int8, end)
+    with pytest.raises(ValueError, match="must have 3 dimensions"):
+        batched_k_major_codes(x, FLOAT8)

@@ -1,0 +1,257 @@
+"""Ternary codes in the layouts of 8-bit products, with counts: reference by definition, Triton bit for bit.
+
+Sums by id are here, too: they and the operands are what training uses.
+"""
+
+# Shapes: O = output rows, P = O padded to a multiple of 16, I = input columns, E = experts, G = groups, S = scales.
+
+import pytest
+import torch
+
+from bitmoe_kernels.weight_quant import (
+    TernaryOperands,
+    absmean_scale,
+    absmean_sums,
+    absmean_sums_by_id,
+    ternary_codes,
+    ternary_operands,
+)
+from bitmoe_kernels.weight_quant.reference import (
+    absmean_scale_reference,
+    absmean_sums_by_id_reference,
+    ternary_operands_reference,
+)
+
+E4M3 = torch.float8_e4m3fn
+# Shape, groups, axis: one weight, odd sizes, a scale a row, groups of either, experts, more than one tile.
+CASES = [
+    ((1, 1), 1, -2),
+    ((17, 33), 1, -2),
+    ((17, 33), 17, -2),
+    ((18, 33), 3, -1),
+    ((130, 140), 2, -1),
+    ((3, 17, 33), 17, -2),
+    ((2, 80, 132), 4, -1),
+    ((2, 2, 6, 8), 2, -2),
+]
+
+each_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+each_case = pytest.mark.parametrize(("shape", "groups", "axis"), CASES, ids=str)
+each_row_dtype = pytest.mark.parametrize("row_dtype", [torch.int8, E4M3], ids=str)
+
+
+@pytest.fixture
+def kernels(triton_device, poison):
+    """The functions under test, imported when the interpreter has been chosen; their memory starts as garbage."""
+    from bitmoe_kernels.weight_quant import triton_kernels
+
+    return triton_kernels
+
+
+def gaussian(*shape: int, seed: int = 3, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def scales(shape: tuple[int, ...], groups: int) -> torch.Tensor:
+    return 0.4 + gaussian(*shape[:-2], groups).abs()
+
+
+def assert_same_bits(got, wanted) -> None:
+    for tensor, expected in zip(got, wanted, strict=True):
+        if expected is None:
+            assert tensor is None
+        else:
+            assert tensor.dtype == expected.dtype
+            is_code = expected.dtype in (torch.int8, E4M3)
+            pair = (x.cpu().view(torch.int8) if is_code else x.cpu() for x in (tensor, expected))
+            assert torch.equal(*pair)
+
+
+@each_row_dtype
+def test_reference_of_hand_values(row_dtype):
+    """Rows are the codes, columns their transposition with zeros after the two outputs; e4m3 +-1 are 0x38 and 0xB8."""
+    w_OI = torch.tensor([[0.4, -3.0, 0.6], [2.0, 0.0, -0.6]])
+    operands = ternary_operands(w_OI, torch.ones(1), row_dtype=row_dtype, with_columns=True)
+    assert operands.rows.dtype == row_dtype
+    assert operands.rows.float().tolist() == [[0, -1, 1], [1, 0, -1]]
+    assert operands.columns.shape == (3, 16)
+    padding = [0] * 14
+    expected = [[0, 0x38, *padding], [0xB8, 0, *padding], [0x38, 0xB8, *padding]]
+    assert operands.columns.view(torch.uint8).tolist() == expected
+    assert operands.counts.tolist() == [2, 0, 6]
+    assert torch.equal(ternary_codes(w_OI, torch.ones(1)), operands.rows.to(torch.int8))
+
+
+@each_row_dtype
+@pytest.mark.parametrize("former_dtype", [torch.int8, E4M3], ids=str)
+def test_changes_are_counted_whatever_the_types(row_dtype, former_dtype):
+    former = ternary_operands(torch.tensor([[1.0, -1.0, 0.0, 1.0]]), torch.ones(1), row_dtype=former_dtype)
+    w_OI = torch.tensor([[1.0, 1.0, -1.0, 0.0]])
+    assert ternary_operands(w_OI, torch.ones(1), row_dtype=row_dtype, former=former).counts.tolist() == [1, 3, 4]
+
+
+@each_dtype
+@each_case
+@pytest.mark.parametrize("with_columns", [False, True])
+def test_operands_equal_reference(kernels, triton_device, dtype, shape, groups, axis, with_columns):
+    """The first time without former codes, then with those of other weights."""
+    scale_G = scales(shape, groups)
+    former_rows = None
+    former = None
+    for seed in (4, 5):
+        w_OI = gaussian(*shape, seed=seed, dtype=dtype)
+        wanted = ternary_operands_reference(w_OI, scale_G, axis, E4M3, with_columns, former_rows)
+        arguments = (w_OI.to(triton_device), scale_G.to(triton_device), axis, E4M3, with_columns)
+        got = kernels.ternary_operands_triton(*arguments, former)
+        assert_same_bits(got, wanted)
+        former_rows, former = wanted[0], got[:2]
+
+
+@each_row_dtype
+@pytest.mark.parametrize("former_dtype", [torch.int8, E4M3], ids=str)
+@pytest.mark.parametrize("with_columns", [False, True])
+@pytest.mark.parametrize("former_columns", [False, True])
+def test_former_memory_is_used_again_where_it_fits(
+    kernels, triton_device, row_dtype, former_dtype, with_columns, former_columns
+):
+    """Between stages types and layouts change; former codes are counted against all the same."""
+    old, new = gaussian(70, 33, seed=6), gaussian(70, 33, seed=7)
+    scale = torch.full((1,), 0.8)
+    device_scale = scale.to(triton_device)
+    former = kernels.ternary_operands_triton(old.to(triton_device), device_scale, -2, former_dtype, former_columns)[:2]
+    former_rows = former[0].cpu().clone()
+    got = kernels.ternary_operands_triton(new.to(triton_device), device_scale, -2, row_dtype, with_columns, former)
+    assert_same_bits(got, ternary_operands_reference(new, scale, -2, row_dtype, with_columns, former_rows))
+    assert 0 < int(got[2][1]) < new.numel()
+    assert (got[0].data_ptr() == former[0].data_ptr()) == (row_dtype == former_dtype)
+    if with_columns and former_columns:
+        assert got[1].data_ptr() == former[1].data_ptr()
+
+
+def test_two_runs_are_equal(kernels, triton_device):
+    w_OI, ids_O = gaussian(70, 50).to(triton_device), (torch.arange(70) % 3).to(triton_device)
+    runs = []
+    for _ in range(2):
+        sums, counts = kernels.absmean_sums_by_id_triton(w_OI, ids_O, 3)
+        scale_O = kernels.absmean_scale_triton(sums, counts, ids_O)
+        runs.append((sums, scale_O, *kernels.ternary_operands_triton(w_OI, scale_O, -2, E4M3, True)))
+    assert_same_bits(*runs)
+
+
+def test_a_nan_scale_or_weight_has_code_0(kernels, triton_device):
+    w_OI = gaussian(20, 12)
+    w_OI[0, 0], w_OI[1, 1], w_OI[2, 2] = float("nan"), float("inf"), -float("inf")
+    scale_O = torch.ones(20)
+    scale_O[1] = scale_O[7] = float("nan")
+    wanted = ternary_operands_reference(w_OI, scale_O, -2, torch.int8, True, None)
+    got = kernels.ternary_operands_triton(w_OI.to(triton_device), scale_O.to(triton_device), -2, torch.int8, True)
+    assert_same_bits(got, wanted)
+    assert wanted[0][0, 0] == 0
+    assert not wanted[0][[1, 7]].any()
+    assert wanted[0][2, 2] == -1
+
+
+def test_strided_weights_and_no_expert(kernels, triton_device):
+    w_OI, scale = gaussian(18, 20), torch.ones(2)
+    strided = w_OI.t().contiguous().t().to(triton_device)
+    wanted = ternary_operands_reference(w_OI, scale, -1, torch.int8, True, None)
+    assert_same_bits(kernels.ternary_operands_triton(strided, scale.to(triton_device), -1, torch.int8, True), wanted)
+    empty, no_scale = torch.zeros(0, 6, 8, device=triton_device), torch.zeros(0, 2, device=triton_device)
+    rows, columns, counts = kernels.ternary_operands_triton(empty, no_scale, -1, torch.int8, True)
+    assert (rows.shape, columns.shape, counts.tolist()) == ((0, 6, 8), (0, 8, 16), [0, 0, 0])
+
+
+@each_dtype
+@pytest.mark.parametrize("shape", [(9, 33), (3, 9, 33), (2, 2, 9, 5)], ids=str)
+def test_sums_by_id_equal_reference(kernels, triton_device, dtype, shape):
+    """Rows of a scale lie anyhow, in unequal numbers; each of a batch of matrices has sums of its own."""
+    w_OI = gaussian(*shape, dtype=dtype)
+    ids_O = torch.randint(4, shape[-2:-1], generator=torch.Generator().manual_seed(1))
+    ids_O[:4] = torch.tensor([2, 0, 3, 1])
+    wanted_sums, wanted_counts = absmean_sums_by_id_reference(w_OI, ids_O, 4)
+    for number in range(4):
+        rows = w_OI[..., ids_O == number, :]
+        torch.testing.assert_close(wanted_sums[..., number], rows.double().abs().sum((-2, -1)), rtol=1e-14, atol=0)
+        assert wanted_counts[number] == rows.shape[-2] * rows.shape[-1]
+    sums, counts = kernels.absmean_sums_by_id_triton(w_OI.to(triton_device), ids_O.to(triton_device), 4)
+    torch.testing.assert_close(sums.cpu(), wanted_sums, rtol=1e-14, atol=0)
+    assert torch.equal(counts.cpu(), wanted_counts)
+    scale_S = kernels.absmean_scale_triton(sums, counts, None)
+    scale_O = kernels.absmean_scale_triton(sums, counts, ids_O.to(triton_device))
+    assert torch.equal(scale_S.cpu(), absmean_scale_reference(wanted_sums, wanted_counts))
+    assert torch.equal(scale_O.cpu(), scale_S.cpu()[..., ids_O])
+
+
+def test_sums_by_id_of_more_rows_than_a_program_adds_at_once(kernels, triton_device):
+    w_OI, ids_O = gaussian(2049, 2), torch.arange(2049) % 2
+    sums, counts = kernels.absmean_sums_by_id_triton(w_OI.to(triton_device), ids_O.to(triton_device), 2)
+    torch.testing.assert_close(sums.cpu(), absmean_sums_by_id_reference(w_OI, ids_O, 2)[0], rtol=1e-14, atol=0)
+    assert counts.tolist() == [2050, 2048]
+
+
+@each_dtype
+def test_sums_of_every_exponent(kernels, triton_device, dtype):
+    """From the smallest denormal to the largest number, alone and together: bits moved into fp64 are the number."""
+    info = torch.finfo(dtype)
+    values = [0.0, info.smallest_normal / 2, info.smallest_normal, 1.5, info.max, info.smallest_normal * 2**-5]
+    w_OI = torch.tensor(values, dtype=torch.float64).to(dtype).unsqueeze(1)
+    w_OI = torch.cat([w_OI, -w_OI, torch.zeros_like(w_OI)], dim=1)
+    assert w_OI[5, 0] != 0
+    sums = kernels.absmean_sums_triton(w_OI.to(triton_device), len(w_OI), -2).cpu()
+    assert torch.equal(sums, 2 * w_OI[:, 0].double())
+    together = kernels.absmean_sums_triton(w_OI.to(triton_device), 1, -1).cpu()
+    torch.testing.assert_close(together, w_OI.double().abs().sum().view(1), rtol=1e-14, atol=0)
+    denormals = kernels.absmean_sums_triton(w_OI[[1, 5]].to(triton_device), 1, -2).cpu()
+    assert torch.equal(denormals, w_OI[[1, 5]].double().abs().sum().view(1))
+
+
+@pytest.mark.parametrize("mean", [0.0, 1e-6, 1e-5, 3.0, 1e300, float("inf"), float("nan")])
+def test_scale_equals_reference(kernels, triton_device, mean):
+    sums = torch.tensor([mean * 3, 1.0], dtype=torch.float64)
+    wanted = absmean_scale_reference(sums, 3)
+    assert wanted[1] == torch.tensor(1 / 3, dtype=torch.float64).float()
+    got = kernels.absmean_scale_triton(sums.to(triton_device), 3, None).cpu()
+    assert torch.equal(got.nan_to_num(-1), wanted.nan_to_num(-1))
+
+
+def test_sums_by_id_are_those_of_equal_groups():
+    """On the device of the tensors: the public functions together."""
+    w_EOI, ids_O = gaussian(2, 6, 4), torch.arange(3).repeat_interleave(2)
+    sums, counts = absmean_sums_by_id(w_EOI, ids_O, 3)
+    torch.testing.assert_close(sums, absmean_sums(w_EOI, 3, 0), rtol=1e-14, atol=0)
+    assert counts.tolist() == [8, 8, 8]
+    assert torch.equal(absmean_scale(sums, counts), absmean_scale(sums, 8))
+    assert torch.equal(absmean_scale(sums, counts, ids_O), absmean_scale(sums, 8).repeat_interleave(2, -1))
+
+
+def test_bad_arguments():
+    w_OI, scale = torch.ones(4, 6), torch.ones(1)
+    former = ternary_operands(torch.ones(4, 5), scale)
+    with pytest.raises(TypeError, match=r"row_dtype must be int8 or float8_e4m3fn, got torch\.bfloat16"):
+        ternary_operands(w_OI, scale, row_dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"former codes \[4, 5\]"):
+        ternary_operands(w_OI, scale, former=former)
+    with pytest.raises(ValueError, match="3 scale_ids do not fit 4 output rows"):
+        absmean_sums_by_id(w_OI, torch.zeros(3, dtype=torch.int64), 1)
+    with pytest.raises(TypeError, match=r"int64 \[O\], got torch\.int32"):
+        absmean_sums_by_id(w_OI, torch.zeros(4, dtype=torch.int32), 1)
+    with pytest.raises(ValueError, match="count=0"):
+        absmean_scale(torch.ones(2, dtype=torch.float64), torch.tensor([3, 0]))
+
+
+@pytest.mark.gpu
+@each_row_dtype
+def test_operands_on_a_gpu_equal_cpu(row_dtype):
+    """Weights of real models, aligned and not, over two values of the weights; rows by id, columns by group."""
+    for shape in ((4096, 4096), (2048, 5460), (4, 1408, 2048)):
+        ids_O = torch.randint(6, shape[-2:-1], generator=torch.Generator().manual_seed(2))
+        former = gpu_former = None
+        for seed in (1, 2):
+            w_OI = gaussian(*shape, seed=seed, dtype=torch.bfloat16)
+            scale_O = absmean_scale(*absmean_sums_by_id(w_OI, ids_O, 6), ids_O)
+            gpu_scale_O = absmean_scale(*absmean_sums_by_id(w_OI.cuda(), ids_O.cuda(), 6), ids_O.cuda())
+            assert torch.equal(gpu_scale_O.cpu(), scale_O)
+            former = ternary_operands(w_OI, scale_O, 0, row_dtype, True, former)
+            gpu_former = ternary_operands(w_OI.cuda(), gpu_scale_O, 0, row_dtype, True, gpu_former)
+            assert isinstance(gpu_former, TernaryOperands)
+            assert_same_bits(gpu_former, former)

@@ -1,0 +1,25 @@
+"""bitmoe itself: the engine of ``bitmoe pretrain``, as it is."""
+
+from itertools import count
+
+import torch
+from trainer import Batch, Trainer
+
+from bitmoe.config.schema import Config
+from bitmoe.parallel.process_groups import Groups
+from bitmoe.train.engine import MegatronEngine
+
+
+def build(config: Config, groups: Groups) -> Trainer:
+    """The engine of this config; its first step is step 1."""
+    engine = MegatronEngine(config, groups)
+    steps = count(1)
+
+    def step(batch: Batch) -> float:
+        return engine.train_step(next(steps), lambda rows: batch).loss
+
+    def forward(batch: Batch) -> torch.Tensor:
+        positions = torch.arange(batch["tokens"].shape[1], device=batch["tokens"].device).expand_as(batch["tokens"])
+        return engine.chunks[0](batch["tokens"], positions, None, labels=batch["labels"]).mean()
+
+    return Trainer(step, forward)

@@ -1,0 +1,176 @@
+"""Runs trainers one after the other and prints a row for each, as soon as it is known."""
+
+import argparse
+import gc
+import json
+import math
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import measure
+import torch
+from gpu_profile import record, report
+from registry import TRAINERS
+from trainer import Trainer
+
+from bitmoe.config.compose import compose
+from bitmoe.config.errors import InputError
+from bitmoe.config.schema import Config
+from bitmoe.config.validate import validate
+from bitmoe.parallel.alone import alone
+
+PROFILED_STEPS = 3
+# A learning rate at which random tokens do no harm from the first step on, and a run long enough to stay there.
+SETTINGS = ["parallel=single", "run=paper", "quant.groups=1", "optim.lr=1e-4", "optim.lr_second=null"]
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure every trainer; one that fails does not keep the others from running.
+
+    Args:
+        arguments: of the command line.
+
+    Returns:
+        1 if a trainer failed, else 0.
+    """
+    measure_one = {"profile": _profile, "memory": _measure_memory, "step": _measure_speed}[arguments.mode]
+    if arguments.mode != "step" and not torch.cuda.is_available():
+        print(f"--{arguments.mode} needs a GPU", file=sys.stderr)
+        return 2
+    print(_header(arguments.mode), flush=True)
+    result = {"bench": arguments.mode, "command": sys.argv[1:], **_machine(), "rows": []}
+    for name in arguments.trainers:
+        try:
+            row = measure_one(name, arguments)
+        except Exception as error:
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            message = str(error).strip().partition("\n")[0]
+            row = {"error": f"{type(error).__name__}: {message} ({Path(where.filename).name}:{where.lineno})"}
+            print(f"{name:22} failed: {row['error']}", flush=True)
+        result["rows"].append({"trainer": name, "what": TRAINERS[name].what, **row})
+        if arguments.json:
+            _write(arguments.json, result)
+    print(json.dumps(result))
+    return int(any("error" in row for row in result["rows"]))
+
+
+def _config(name: str, arguments: argparse.Namespace, layers: int | None = None) -> Config:
+    """What this trainer trains; quantized from the first step on as the recipe is in its last stage."""
+    overrides = [*SETTINGS, f"moe={'e8k2' if arguments.moe else 'none'}", *TRAINERS[name].overrides]
+    overrides.append(f"model={arguments.model or ('700m' if arguments.moe else '1.3b_aligned')}")
+    overrides += [f"context.seq_length={arguments.seq}", f"run.micro_batch_size={arguments.micro_batch}"]
+    overrides.append(f"run.global_batch_size={arguments.micro_batch}")
+    layers = arguments.layers if layers is None else layers
+    if layers is not None:
+        overrides.append(f"model.num_layers={layers}")
+    if arguments.ffn:
+        overrides.append(f"{'moe' if arguments.moe else 'model'}.ffn_hidden_size={arguments.ffn}")
+    config = compose([*overrides, *arguments.overrides])
+    config.quant.stages = [replace(config.quant.stages[-1], start=0.0)]
+    validate(config, 1)
+    if config.model.vocab_size is None:
+        raise InputError("the preset leaves the vocabulary to a tokenizer", fix="give it", key="model.vocab_size")
+    return config
+
+
+@contextmanager
+def _built(name: str, config: Config) -> Iterator[Trainer]:
+    """The trainer, as the only rank; afterwards its memory is free."""
+    torch.manual_seed(config.run.seed)
+    try:
+        with alone() as groups:
+            entry = TRAINERS[name]
+            yield getattr(import_module(entry.module), entry.function)(config, groups)
+    finally:
+        torch.compiler.reset()
+
+
+def _free() -> None:
+    """Give back what former trainers held: hooks and parameters refer to each other."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _measure_speed(name: str, arguments: argparse.Namespace) -> dict:
+    config = _config(name, arguments)
+    _free()
+    before = torch.cuda.memory_allocated()
+    with _built(name, config) as trainer:
+        row = measure.time_steps(trainer, measure.random_batches(config), arguments.warmup, arguments.steps)
+        del trainer
+    row |= measure.rates(config, row["step_ms"])
+    row["peak_bytes"] = torch.cuda.max_memory_allocated() - before
+    row["is_finite"] = all(map(math.isfinite, row["losses"]))
+    print(
+        f"{name:22}{row['step_ms']:9.1f}{row['tokens_per_s']:11,.0f}{row['model_tflops']:10.1f}{row['mfu']:8.1%}"
+        f"{row['peak_bytes'] / 2**30:10.1f}  {'yes' if row['is_finite'] else 'NO':8}{TRAINERS[name].what}",
+        flush=True,
+    )
+    return row
+
+
+def _measure_memory(name: str, arguments: argparse.Namespace) -> dict:
+    def held(layers: int) -> int:
+        config = _config(name, arguments, layers)
+        _free()
+        with _built(name, config) as trainer:
+            return measure.held_by_forward(trainer, next(measure.random_batches(config)))
+
+    layers = arguments.layers or 2
+    layer_bytes = held(layers) - held(layers - 1)
+    per_token = layer_bytes / (arguments.micro_batch * arguments.seq)
+    print(f"{name:22}{layer_bytes / 2**20:13.1f}{per_token:15,.0f}  {TRAINERS[name].what}", flush=True)
+    return {"layer_activation_bytes": layer_bytes, "bytes_per_token": per_token}
+
+
+def _profile(name: str, arguments: argparse.Namespace) -> dict:
+    config = _config(name, arguments)
+    batches = measure.random_batches(config)
+    with _built(name, config) as trainer:
+        measure.time_steps(trainer, batches, arguments.warmup, 1)
+        kernels, wall_us = record(lambda: trainer.step(next(batches)), PROFILED_STEPS)
+    print(f"{name}: {TRAINERS[name].what}\n{report(kernels, wall_us, PROFILED_STEPS)}", flush=True)
+    return {"step_ms": wall_us / PROFILED_STEPS / 1e3}
+
+
+def _header(mode: str) -> str:
+    if mode == "step":
+        columns = f"{'ms/step':>9}{'tokens/s':>11}{'TFLOP/s':>10}{'MFU':>8}{'peak GiB':>10}  {'finite':8}"
+        return f"{'trainer':22}{columns}"
+    return f"{'trainer':22}{'MiB a layer':>13}{'bytes a token':>15}" if mode == "memory" else ""
+
+
+def _machine() -> dict:
+    """Where this ran: device, versions, commit."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    versions = {"torch": torch.__version__}
+    for package in ("triton", "megatron-core", "transformers"):
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return {"gpu": device, **versions, "commit": _commit()}
+
+
+def _commit() -> str | None:
+    command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
+    with suppress(OSError):
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    return None
+
+
+def _write(path: Path, result: dict) -> None:
+    new = path.with_name(f".{path.name}.new")
+    with new.open("w", encoding="utf-8") as file:
+        json.dump(result, file)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
