@@ -16,6 +16,9 @@ TESTS ?= tests
 RUN ?= runs/default
 MODEL ?= $(RUN)/packed
 KV_BITS ?= 16 4 3
+# Of `make bench-gpu`: a Python with a torch for CUDA, which is not what `make setup` installs, and where results go.
+BENCH_PYTHON ?= python3
+RESULTS ?= runs/bench.jsonl
 
 # $(call install,DIRECTORY,PYTHON): a virtual environment with bitmoe in it, editable.
 define install
@@ -52,6 +55,10 @@ pretrain: setup  ## Pretrain the default model; ARGS="key=value ..." changes it.
 eval: setup  ## Evaluate a run with lm-eval on the text it held out, at each of KV_BITS; RUN=runs/NAME takes another.
 	@[ -d $(MODEL) ] || .venv/bin/bitmoe convert source=$(RUN) to=bitmoe out=$(MODEL)
 	@.venv/bin/python tools/evaluate.py $(MODEL) --run $(RUN) --kv-bits $(KV_BITS)
+
+.PHONY: bench-gpu
+bench-gpu:  ## Benchmarks of one NVIDIA GPU, run by BENCH_PYTHON; RESULTS=file takes the JSON lines.
+	@PYTHONPATH=.:kernels $(BENCH_PYTHON) tools/bench_gpu.py --out $(RESULTS)
 
 .PHONY: test
 test: setup lint  ## Run the linter and all tests; TESTS=tests/arch runs a part.

@@ -2,8 +2,8 @@
 
 Forward: exact integer products, scales after. Backward (straight-through, BitNet a4.8 section 3): the input's gradient
 is dY times the dequantized ternary weight, dense and unmasked; the weight's gradient is dY^T times the dequantized
-input; scales get none. With ``quant.backward = 8bit`` dY is rounded to 8 bits, codes stay exact, and all three products
-run on 8-bit tensor cores.
+input; scales get none. With ``quant.backward = 8bit`` dY is rounded to e4m3 for the input's gradient and, where the
+input's codes are e4m3 (4-bit ones), for the weight's; with INT8 inputs that stays as it is. Codes are exact always.
 """
 
 import torch
@@ -61,14 +61,17 @@ def gradients(
         dy_TO: gradient of the output.
         x_codes_TI: codes of the input.
         x_scale_TG: their scales.
-        weight: as in ``scaled_product``; with transposed codes, dY is rounded to 8 bits.
+        weight: as in ``scaled_product``; with transposed codes, the backward is the 8-bit one.
         is_column: the weight has a scale for each output, not for each group of inputs.
     """
     dtype = dy_TO.dtype
     if weight.columns is None:
         return _input_gradient(dy_TO, weight, is_column), _weight_gradient(dy_TO, x_codes_TI, x_scale_TG)
     w_scale_O, w_scale_G = (weight.scale, None) if is_column else (None, weight.scale)
-    grad = quantize_grad(dy_TO, x_scale_TG, w_scale_O, x_codes_TI.dtype)
+    if x_codes_TI.dtype == torch.int8:
+        dx_TI = input_grad(quantize_grad(dy_TO, w_scale_O), weight.columns, w_scale_G)
+        return dx_TI.to(dtype), _weight_gradient(dy_TO, x_codes_TI, x_scale_TG)
+    grad = quantize_grad(dy_TO, w_scale_O, x_scale_TG)
     dx_TI = input_grad(grad, weight.columns, w_scale_G)
     return dx_TI.to(dtype), weight_grad(grad, transpose_codes(x_codes_TI)).to(dtype)
 

@@ -8,11 +8,11 @@ from bitmoe.quant.ternary_codes import WeightOperands
 from bitmoe_kernels.grouped_ternary_gemm import (
     grouped_code_matmul,
     grouped_input_grad,
-    grouped_k_major_codes,
     grouped_matmul,
     grouped_outer,
     grouped_quantize_grad,
     grouped_scaled_code_matmul,
+    grouped_transpose_codes,
     grouped_weight_grad,
 )
 
@@ -66,16 +66,26 @@ def grouped_gradients(
     """Gradients of the input [R, I] and of the weights [E, O, I], in the dtype of ``dy_RO``; as ``gradients``."""
     dtype, dy_RO = dy_RO.dtype, dy_RO.contiguous()
     if weight.columns is None:
-        w_EOI, w_scale_R = weight.rows.to(dtype), weight.scale[expert_R]
-        dx_RI = grouped_matmul(scaled(dy_RO, w_scale_R) if is_column else dy_RO, w_EOI, ends_E)
-        if not is_column:
-            dx_RI = scaled(dx_RI.unflatten(1, (w_scale_R.shape[1], -1)), w_scale_R[:, :, None]).flatten(1)
+        dx_RI = _input_gradient(dy_RO, weight, ends_E, expert_R, is_column)
         return dx_RI, _weight_gradient(dy_RO, x_codes_RI, x_scale_RG, ends_E)
     w_scale_EO, w_scale_EG = (weight.scale, None) if is_column else (None, weight.scale)
-    grad = grouped_quantize_grad(dy_RO, x_scale_RG, w_scale_EO, ends_E, x_codes_RI.dtype)
+    if x_codes_RI.dtype == torch.int8:
+        dx_RI = grouped_input_grad(grouped_quantize_grad(dy_RO, ends_E, w_scale_EO), weight.columns, w_scale_EG, ends_E)
+        return dx_RI.to(dtype), _weight_gradient(dy_RO, x_codes_RI, x_scale_RG, ends_E)
+    grad = grouped_quantize_grad(dy_RO, ends_E, w_scale_EO, x_scale_RG)
     dx_RI = grouped_input_grad(grad, weight.columns, w_scale_EG, ends_E)
-    dw_EOI = grouped_weight_grad(grad, grouped_k_major_codes(x_codes_RI, x_codes_RI.dtype, ends_E))
+    dw_EOI = grouped_weight_grad(grad, grouped_transpose_codes(x_codes_RI, ends_E))
     return dx_RI.to(dtype), dw_EOI.to(dtype)
+
+
+def _input_gradient(
+    dy_RO: torch.Tensor, weight: WeightOperands, ends_E: torch.Tensor, expert_R: torch.Tensor, is_column: bool
+) -> torch.Tensor:
+    if is_column:
+        return grouped_matmul(scaled(dy_RO, weight.scale[expert_R]), weight.rows.to(dy_RO.dtype), ends_E)
+    dx_RI = grouped_matmul(dy_RO, weight.rows.to(dy_RO.dtype), ends_E)
+    w_scale_RG = weight.scale[expert_R]
+    return scaled(dx_RI.unflatten(1, (w_scale_RG.shape[1], -1)), w_scale_RG[:, :, None]).flatten(1)
 
 
 def _weight_gradient(

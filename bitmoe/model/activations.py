@@ -114,20 +114,20 @@ class Activations:
         element = self.element
         if not self._is_ternary:
             return element * (x + y + w)
-        if self.config.quant.backward is BackwardFormat["8bit"]:
-            # dY in codes by rows and, for each group of inputs, by columns; codes of the input by columns.
-            return element * (x + y + w) + (1 + groups) * y + x
         # Scales multiply in fp32, then the result is rounded.
         scaling = element + (FP32 if element != FP32 else 0)
-        # dY and codes as dX needs them; scales are on dY, or on dX.
-        for_dx = element * (y + w) + (scaling * y if is_column else (element + scaling) * x)
+        if self.config.quant.backward is BackwardFormat["8bit"]:
+            # dY and its codes, for a product in 8 bits.
+            for_dx = element * (x + y) + y
+        else:
+            # dY and codes as dX needs them; scales are on dY, or on dX; those of experts' outputs once a row.
+            for_dx = element * (y + w) + (scaling * y if is_column else (element + scaling) * x)
+            for_dx += FP32 * y if is_routed and is_column else 0
         # Then dX stays, dW needs the input's codes and, group by group, dY with scales; the parts are put together.
+        # That is of INT8 inputs or the bf16 backward: 4-bit inputs' dW in 8 bits takes less.
         former_groups, parts = element * w * (groups - 1) // groups, 2 * element * w if groups > 1 else 0
         for_dw = element * (2 * x + y) + max(scaling * y + former_groups, element * (y + w), parts)
-        if not is_routed:
-            return max(for_dx, for_dw)
-        # Through both stay the codes of experts' weights and the scales of their outputs, repeated for each row.
-        return max(for_dx, for_dw + element * w) + (FP32 * y if is_column else 0)
+        return max(for_dx, for_dw)
 
     @property
     def _is_ternary(self) -> bool:

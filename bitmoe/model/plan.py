@@ -34,7 +34,7 @@ _MEMORY_ROWS = {
     "weights": "weights",
     "gradients": "gradients, fp32",
     "optimizer": "optimizer, its share",
-    "ternary_codes": "ternary codes, int8",
+    "ternary_codes": "ternary codes",
     "activations": "activations",
     "logits": "logits and cross-entropy",
     "temporaries": "temporaries of a product",

@@ -3,10 +3,12 @@
     PYTHONPATH=kernels python kernels/bench/grouped.py           # tables and one JSON line
     PYTHONPATH=kernels python kernels/bench/grouped.py --tiles   # rates of the Triton kernels by tile, nothing else
 
-Plain functions (no autograd), one process; dispatch and the activation between the linears are left out on both sides.
-Ours pays for the rest: rows quantized, weights ternarized (once a pass: one micro-batch), transposed copies, dY
-rounded. Each variant of FP8 products is timed: torch._scaled_grouped_mm and the Triton kernel. Times are CUDA events,
-medians. No number is printed unless the products are exact and the gradients close to fp64.
+Plain functions (no autograd), one process. Tokens are copied to their rows on both sides, as codes in ours; what comes
+home and the activation between the linears are left out. Ours pays for the rest: tokens and rows quantized, weights
+ternarized (once a pass: one micro-batch), transposed copies, dY rounded. Down, whose inputs are INT8, has its weight
+gradient in bf16, as the layers do. Each variant of FP8 products is timed: torch._scaled_grouped_mm and the Triton
+kernel. Times are CUDA events, medians. No number is printed unless the products are exact and the gradients close to
+fp64.
 """
 
 import itertools
@@ -18,21 +20,23 @@ from importlib.metadata import version
 from typing import NamedTuple
 
 import torch
-from linears import MIN_COSINE, commit, require, time_stages
+from linears import MIN_COSINE, bf16_weight_grad, commit, require, ternary_weight, time_stages
 
 from bitmoe_kernels.act_quant import quantize_int4, quantize_int8
 from bitmoe_kernels.grouped_ternary_gemm import (
-    batched_k_major_codes,
     grouped_input_grad,
-    grouped_k_major_codes,
+    grouped_outer,
     grouped_quantize_grad,
     grouped_scaled_code_matmul,
+    grouped_transpose_codes,
     grouped_weight_grad,
 )
 from bitmoe_kernels.grouped_ternary_gemm.float8_matmul import BACKENDS
+from bitmoe_kernels.token_permute import RowPlan, permute, plan_rows
 from bitmoe_kernels.weight_quant import ternarize
 
-# Shapes: R = rows (token copies) sorted by expert, E = experts, I = inputs, O = outputs, G = groups of inputs.
+# Shapes: T = tokens, R = rows (token copies) sorted by expert, E = experts, I = inputs, O = outputs, G = groups of
+#         inputs.
 
 FLOAT8 = torch.float8_e4m3fn
 Mark = Callable[[str], None]
@@ -58,63 +62,69 @@ VARIANTS = {
     "8-bit Triton FP8": {"backend": "triton"},
     "8-bit torch FP8, G=8": {"backend": "torch", "groups": 8},
 }
-STAGES = ("forward", "dgrad", "wgrad")
+STAGES = ("forward product", "dgrad product", "wgrad product")
 
 
-def make_inputs(layer: Layer, seed: int = 0) -> tuple[torch.Tensor, dict[str, tuple]]:
-    """Ends int32 [E] of a balanced router, and x [R, I], w [E, O, I], dy [R, O] in bf16 of both linears."""
+def make_inputs(layer: Layer, seed: int = 0) -> tuple[RowPlan, dict[str, tuple]]:
+    """Rows of a balanced router, and x [T, I] or (down) [R, I], w [E, O, I], dy [R, O] in bf16 of both linears."""
     generator = torch.Generator("cuda").manual_seed(seed)
 
     def normal(*shape: int, size: float = 1.0) -> torch.Tensor:
         return torch.randn(*shape, device="cuda", dtype=torch.bfloat16, generator=generator).mul_(size)
 
     logits_TE = torch.rand(layer.num_tokens, layer.num_experts, device="cuda", generator=generator)
-    chosen = logits_TE.topk(layer.top_k, dim=1).indices.flatten()
-    ends_E = torch.bincount(chosen, minlength=layer.num_experts).cumsum(0).int()
+    chosen_TK = logits_TE.topk(layer.top_k, dim=1).indices
+    plan = plan_rows(torch.zeros_like(logits_TE, dtype=torch.bool).scatter_(1, chosen_TK, True), layer.top_k)
     num_rows, linears = layer.num_tokens * layer.top_k, {}
     sizes = {"gate_up": (2 * layer.ffn_size, layer.hidden_size), "down": (layer.hidden_size, layer.ffn_size)}
     for name, (outputs, inputs) in sizes.items():
         dy_RO = normal(num_rows, outputs, size=1e-4).mul_(normal(num_rows, 1).exp())
-        linears[name] = normal(num_rows, inputs), normal(layer.num_experts, outputs, inputs, size=0.02), dy_RO
-    return ends_E, linears
+        x = normal(layer.num_tokens if name == "gate_up" else num_rows, inputs)
+        linears[name] = x, normal(layer.num_experts, outputs, inputs, size=0.02), dy_RO
+    return plan, linears
 
 
-def eight_bit_linear(name: str, ends_E, x_RI, w_EOI, dy_RO, mark: Mark, backend: str = "torch", groups: int = 1):
+def eight_bit_linear(name: str, plan, x, w_EOI, dy_RO, mark: Mark, backend: str = "torch", groups: int = 1):
     """One linear of all experts, forward and backward; ``mark(stage)`` is called after each. Returns y, dX, dW.
 
     gate and up read INT4 codes as e4m3 and have one scale each; down reads INT8 codes in ``groups`` groups.
     """
     BACKENDS.update(dict.fromkeys(BACKENDS, backend))
-    is_column, num_outputs = name == "gate_up", w_EOI.shape[1]
-    dtype = FLOAT8 if is_column else torch.int8
-    x_codes, x_scale = quantize_int4(x_RI) if is_column else quantize_int8(x_RI, groups)
-    x_rows = x_codes.to(dtype)
+    is_column, ends_E = name == "gate_up", plan.ends_E
+    x_codes, x_scale = quantize_int4(x, FLOAT8) if is_column else quantize_int8(x, groups)
     mark("quantize x")
-    w_codes, w_scale = ternarize(w_EOI, 2) if is_column else ternarize(w_EOI, groups, dim=1)
+    if is_column:
+        x_codes, x_scale = permute(x_codes, plan), permute(x_scale, plan)
+        mark("permute x")
+    weight, w_scale = ternary_weight(w_EOI, is_column, 2 if is_column else groups, x_codes.dtype)
     mark("ternarize w")
-    x_columns = grouped_k_major_codes(x_codes, dtype, ends_E)
-    w_rows, w_columns = batched_k_major_codes(w_codes, dtype)
-    w_scale_EO = w_scale.repeat_interleave(num_outputs // 2, dim=1, output_size=num_outputs) if is_column else None
-    mark("transpose codes")
-    y_RO = grouped_scaled_code_matmul(x_rows, x_scale, w_rows, w_scale_EO if is_column else w_scale, ends_E)
-    mark("forward")
-    grad = grouped_quantize_grad(dy_RO, x_scale, w_scale_EO, ends_E, dtype)
+    y_RO = grouped_scaled_code_matmul(x_codes, x_scale, weight.rows, w_scale, ends_E)
+    mark("forward product")
+    grad = grouped_quantize_grad(dy_RO, ends_E, *((w_scale, x_scale) if is_column else ()))
     mark("round dy")
-    dx_RI = grouped_input_grad(grad, w_columns, None if is_column else w_scale, ends_E)
-    mark("dgrad")
-    dw_EOI = grouped_weight_grad(grad, x_columns)
-    mark("wgrad")
+    dx_RI = grouped_input_grad(grad, weight.columns, None if is_column else w_scale, ends_E)
+    mark("dgrad product")
+    if is_column:
+        x_columns = grouped_transpose_codes(x_codes, ends_E)
+        mark("operands of dw")
+        dw_EOI = grouped_weight_grad(grad, x_columns)
+        mark("wgrad product")
+    else:
+        dw_EOI = bf16_weight_grad(dy_RO, x_codes, x_scale, partial(grouped_outer, ends_E=ends_E), mark)
     return y_RO, dx_RI, dw_EOI
 
 
-def bf16_linear(name: str, ends_E, x_RI, w_EOI, dy_RO, mark: Mark) -> None:
+def bf16_linear(name: str, plan, x, w_EOI, dy_RO, mark: Mark) -> None:
     """The same products by torch's grouped kernel in bf16."""
-    torch._grouped_mm(x_RI, w_EOI.transpose(1, 2), offs=ends_E)
-    mark("forward")
-    torch._grouped_mm(dy_RO, w_EOI, offs=ends_E)
-    mark("dgrad")
-    torch._grouped_mm(dy_RO.T, x_RI, offs=ends_E)
-    mark("wgrad")
+    if name == "gate_up":
+        x = permute(x, plan)
+        mark("permute x")
+    torch._grouped_mm(x, w_EOI.transpose(1, 2), offs=plan.ends_E)
+    mark("forward product")
+    torch._grouped_mm(dy_RO, w_EOI, offs=plan.ends_E)
+    mark("dgrad product")
+    torch._grouped_mm(dy_RO.T, x, offs=plan.ends_E)
+    mark("wgrad product")
 
 
 def check_exactness(counts: tuple[int, ...] = (0, 300, 1, 0, 211)) -> None:
@@ -154,14 +164,15 @@ def dequantize(codes: torch.Tensor, scale: torch.Tensor, dim: int) -> torch.Tens
 def check_gradients() -> dict[str, dict[str, float]]:
     """Cosine and relative Frobenius error of dX and dW against fp64 on the same codes, over all experts."""
     report = {}
-    ends_E, linears = make_inputs(SMALL_LAYER, seed=1)
-    bounds = [0, *ends_E.tolist()]
+    plan, linears = make_inputs(SMALL_LAYER, seed=1)
+    bounds = [0, *plan.ends_E.tolist()]
     for variant, options in VARIANTS.items():
         for name, (x, w, dy) in linears.items():
-            _, dx, dw = eight_bit_linear(name, ends_E, x, w, dy, lambda stage: None, **options)
+            _, dx, dw = eight_bit_linear(name, plan, x, w, dy, lambda stage: None, **options)
             groups = options.get("groups", 1)
             is_column = name == "gate_up"
             x_dq = dequantize(*(quantize_int4(x) if is_column else quantize_int8(x, groups)), 1)
+            x_dq = x_dq[plan.source_R] if is_column else x_dq
             w_dq = dequantize(*ternarize(w, 2), 1) if is_column else dequantize(*ternarize(w, groups, dim=1), 2)
             rows = [slice(*pair) for pair in zip(bounds[:-1], bounds[1:], strict=True)]
             true_dx = torch.cat([dy[row].double() @ w_dq[e] for e, row in enumerate(rows)])
@@ -174,12 +185,12 @@ def check_gradients() -> dict[str, dict[str, float]]:
     return report
 
 
-def time_layer(one_linear: Callable, ends_E: torch.Tensor, linears: dict) -> dict[str, float]:
+def time_layer(one_linear: Callable, plan: RowPlan, linears: dict) -> dict[str, float]:
     """Median milliseconds of each linear's stages, and of the pass over both."""
 
     def run(mark: Mark) -> None:
         for name, tensors in linears.items():
-            one_linear(name, ends_E, *tensors, mark=lambda stage, name=name: mark(f"{name} {stage}"))
+            one_linear(name, plan, *tensors, mark=lambda stage, name=name: mark(f"{name} {stage}"))
 
     return time_stages(run)
 
@@ -203,29 +214,28 @@ def print_tables(title: str, layer: Layer, tables: dict[str, dict[str, float]]) 
 
 
 def sweep_tiles() -> None:
-    """Rates of the Triton kernels by tile, for the down linear: products of rows, and of columns, int8 and e4m3."""
+    """Rates of the Triton kernels by tile, for the down linear: products of rows, and e4m3 ones of columns."""
     from bitmoe_kernels.grouped_ternary_gemm import triton_kernels
 
     # m, n, k, warps, stages, programs on one processor.
     tiles = [(128, 256, 128, 8, 3, 1), (128, 256, 128, 8, 4, 1), (256, 128, 128, 8, 3, 1), (128, 128, 128, 8, 4, 1)]
     tiles += [(128, 128, 128, 4, 3, 2), (64, 128, 128, 4, 3, 2), (64, 256, 128, 4, 3, 1), (64, 128, 128, 4, 4, 2)]
     for title, layer in LAYERS.items():
-        ends_E, linears = make_inputs(layer)
+        plan, linears = make_inputs(layer)
         x_RI, w_EOI, dy_RO = linears["down"]
         flops = 2e-9 * w_EOI[0].numel() * len(x_RI)
         x_codes, x_scale = quantize_int8(x_RI)
         w_codes, w_scale = ternarize(w_EOI, 1, dim=1)
         w_scale_EO1 = w_scale[:, :, None].expand(-1, w_EOI.shape[1], 1)
         y_RO, dw_EOI = torch.empty_like(dy_RO), torch.empty_like(w_EOI)
+        grad = grouped_quantize_grad(dy_RO, plan.ends_E, None, x_scale)
+        x_columns = grouped_transpose_codes(x_codes.to(FLOAT8), plan.ends_E)
+        columns = (grad.columns_OP, grad.column_scale_EO, x_columns, grad.padded_ends_E, dw_EOI)
         for dtype in (torch.int8, FLOAT8):
-            grad = grouped_quantize_grad(dy_RO, x_scale, None, ends_E, dtype)
-            x_columns = grouped_k_major_codes(x_codes, dtype, ends_E)
-            rows = (x_codes.to(dtype), x_scale, w_codes.to(dtype), w_scale_EO1, ends_E, x_RI.shape[1], y_RO)
-            columns = (*grad[2:4], x_columns, grad.padded_ends_E, grad.block_rows, dw_EOI)
-            products = {
-                "rows": (triton_kernels.grouped_matmul, rows),
-                "columns": (triton_kernels.grouped_outer, columns),
-            }
+            rows = (x_codes.to(dtype), x_scale, w_codes.to(dtype), w_scale_EO1, plan.ends_E, x_RI.shape[1], y_RO)
+            products = {"rows": (triton_kernels.grouped_matmul, rows)}
+            if dtype == FLOAT8:
+                products["columns"] = (triton_kernels.grouped_outer, columns)
             for (what, (product, args)), shape in itertools.product(products.items(), tiles):
                 tile = dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages"), shape[:5], strict=True))
 
@@ -253,10 +263,10 @@ def main() -> None:
     result = {"bench": "grouped", "gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
     result |= {"triton": version("triton"), "commit": commit(), "gradients": gradients, "layers": {}}
     for title, layer in LAYERS.items():
-        ends_E, linears = make_inputs(layer)
-        tables = {"bf16": time_layer(bf16_linear, ends_E, linears)}
+        plan, linears = make_inputs(layer)
+        tables = {"bf16": time_layer(bf16_linear, plan, linears)}
         for variant, options in VARIANTS.items():
-            tables[variant] = time_layer(partial(eight_bit_linear, **options), ends_E, linears)
+            tables[variant] = time_layer(partial(eight_bit_linear, **options), plan, linears)
         print_tables(title, layer, tables)
         result["layers"][title] = tables
         del linears

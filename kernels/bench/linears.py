@@ -5,7 +5,8 @@
 
 Both sides call plain functions (no autograd) in one process, layer by layer: a pass reads and writes more than 2 GB,
 so nothing it reads is left in L2 from the pass before. Times are CUDA events, medians. Ours pays for everything:
-activations quantized, weights ternarized (once a pass: one micro-batch), transposed copies, dY rounded.
+activations quantized, weights ternarized (once a pass: one micro-batch), transposed copies, dY rounded. Linears with
+INT8 inputs have their weight gradient in bf16, as the layers do.
 No number is printed unless the products are exact and the gradients close to fp64.
 """
 
@@ -15,17 +16,17 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 from bitmoe_kernels.act_quant import quantize_int4, quantize_int8
-from bitmoe_kernels.ternary_gemm import input_grad, k_major_codes, quantize_grad, scaled_code_matmul, weight_grad
-from bitmoe_kernels.weight_quant import ternarize
+from bitmoe_kernels.ternary_gemm import input_grad, quantize_grad, scaled_code_matmul, transpose_codes, weight_grad
+from bitmoe_kernels.weight_quant import TernaryOperands, absmean_scale, absmean_sums, ternarize, ternary_operands
 
-# Shapes: T = tokens, I = inputs, O = outputs.
+# Shapes: T = tokens, I = inputs, O = outputs, G = groups of inputs; "..." = no dimension, or experts.
 
 NUM_TOKENS = 8192
 HIDDEN, FFN = 4096, 11008
@@ -36,44 +37,65 @@ FLOAT8 = torch.float8_e4m3fn
 COLUMN_LINEARS = {"qkv": (3 * HIDDEN, HIDDEN, 3), "gate_up": (2 * FFN, HIDDEN, 2)}
 ROW_LINEARS = {"o": (HIDDEN, HIDDEN, 1), "down": (HIDDEN, FFN, 1)}
 LINEARS = COLUMN_LINEARS | ROW_LINEARS
-# What differs from one group, exact codes in every product and sums of the backward kept in the tensor cores.
-VARIANTS = {
-    "8-bit G=1": {},
-    "8-bit G=8": {"groups": 8},
-    "G=1 fp32 sums": {"fast_accum": False},
-    "G=1 e4m3 dW": {"row_wgrad_dtype": FLOAT8},
-}
+# name: groups of the inputs of row-parallel linears.
+VARIANTS = {"8-bit G=1": 1, "8-bit G=8": 8}
 Mark = Callable[[str], None]
 
 
-def eight_bit_pass(
-    name: str, x_TI, w_OI, dy_TO, mark: Mark, groups: int = 1, fast_accum: bool = True, row_wgrad_dtype=torch.int8
-):
-    """One ternary linear forward and backward; ``mark(stage)`` is called after each stage. Returns y, dX, dW.
+@cache
+def scale_ids(num_outputs: int, projections: int, device: torch.device) -> torch.Tensor:
+    """The projection of each output row, int64 [O]."""
+    return torch.arange(projections, device=device).repeat_interleave(num_outputs // projections)
 
-    ``row_wgrad_dtype`` e4m3 rounds INT8 codes to 4 significant bits in the weight gradient of row-parallel linears.
+
+def ternary_weight(
+    w_OI: torch.Tensor, is_column: bool, parts: int, row_dtype: torch.dtype
+) -> tuple[TernaryOperands, torch.Tensor]:
+    """Codes of [..., O, I] by row and by column; scales of each output [..., O], or of each group of inputs [..., G].
+
+    ``parts`` is the number of projections, or of groups.
     """
+    dim, num_outputs = 0 if is_column else 1, w_OI.shape[-2]
+    ids_O = scale_ids(num_outputs, parts, w_OI.device) if is_column else None
+    scale = absmean_scale(absmean_sums(w_OI, parts, dim), num_outputs * w_OI.shape[-1] // parts, ids_O)
+    return ternary_operands(w_OI, scale, dim, row_dtype, with_columns=True), scale
+
+
+def eight_bit_pass(name: str, x_TI, w_OI, dy_TO, mark: Mark, groups: int = 1):
+    """One ternary linear forward and backward; ``mark(stage)`` is called after each stage. Returns y, dX, dW."""
     is_column = name in COLUMN_LINEARS
-    x_dtype = FLOAT8 if is_column else torch.int8
-    wgrad_dtype = FLOAT8 if is_column else row_wgrad_dtype
-    x_codes, x_scale = quantize_int4(x_TI) if is_column else quantize_int8(x_TI, groups)
+    x_codes, x_scale = quantize_int4(x_TI, FLOAT8) if is_column else quantize_int8(x_TI, groups)
     mark("quantize x")
-    projections = LINEARS[name][2]
-    w_codes, w_scale = ternarize(w_OI, projections) if is_column else ternarize(w_OI, groups, dim=1)
+    weight, w_scale = ternary_weight(w_OI, is_column, LINEARS[name][2] if is_column else groups, x_codes.dtype)
     mark("ternarize w")
-    x_rows, x_columns = k_major_codes(x_codes, x_dtype, wgrad_dtype)
-    w_rows, w_columns = k_major_codes(w_codes, x_dtype, FLOAT8)
-    w_scale_O = w_scale.repeat_interleave(len(w_OI) // projections, output_size=len(w_OI)) if is_column else None
-    mark("transpose codes")
-    y_TO = scaled_code_matmul(x_rows, x_scale, w_rows, w_scale_O if is_column else w_scale)
+    y_TO = scaled_code_matmul(x_codes, x_scale, weight.rows, w_scale)
     mark("forward product")
-    grad = quantize_grad(dy_TO, x_scale, w_scale_O, wgrad_dtype)
+    grad = quantize_grad(dy_TO, w_scale, x_scale) if is_column else quantize_grad(dy_TO)
     mark("round dy")
-    dx_TI = input_grad(grad, w_columns, None if is_column else w_scale, fast_accum=fast_accum)
+    dx_TI = input_grad(grad, weight.columns, None if is_column else w_scale)
     mark("dgrad product")
-    dw_OI = weight_grad(grad, x_columns, fast_accum=fast_accum)
-    mark("wgrad product")
+    if is_column:
+        x_columns = transpose_codes(x_codes)
+        mark("operands of dw")
+        dw_OI = weight_grad(grad, x_columns)
+        mark("wgrad product")
+    else:
+        dw_OI = bf16_weight_grad(dy_TO, x_codes, x_scale, lambda dy, x: dy.T @ x, mark)
     return y_TO, dx_TI, dw_OI
+
+
+def bf16_weight_grad(dy_TO, x_codes_TI, x_scale_TG, outer: Callable, mark: Mark) -> torch.Tensor:
+    """Weight gradient [..., O, I] of INT8 inputs: ``outer``, in bf16, of dY with a group's scales and of its codes."""
+    x_codes = x_codes_TI.to(dy_TO.dtype).chunk(x_scale_TG.shape[1], 1)
+    parts = []
+    for scale_T1, codes in zip(x_scale_TG.split(1, 1), x_codes, strict=True):
+        scaled_TO = (dy_TO * scale_T1).to(dy_TO.dtype)
+        mark("operands of dw")
+        parts.append(outer(scaled_TO, codes))
+        mark("wgrad product")
+    dw_OI = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+    mark("operands of dw")
+    return dw_OI
 
 
 def bf16_pass(name: str, x_TI, w_OI, dy_TO, mark: Mark, is_fused: bool = True) -> None:
@@ -134,9 +156,9 @@ def check_gradients(device: str, num_tokens: int = 2048) -> dict[str, dict[str, 
     """Cosine and relative Frobenius error of dX and dW against fp64 on the same ternary weights and codes."""
     report = {}
     for name, variant in itertools.product(("qkv", "o"), VARIANTS):
-        groups = VARIANTS[variant].get("groups", 1)
+        groups = VARIANTS[variant]
         x, w, dy = make_inputs(name, num_tokens, device, seed=1)
-        _, dx, dw = eight_bit_pass(name, x, w, dy, lambda stage: None, **VARIANTS[variant])
+        _, dx, dw = eight_bit_pass(name, x, w, dy, lambda stage: None, groups)
         is_column, projections = name in COLUMN_LINEARS, LINEARS[name][2]
         x_codes, x_scale = quantize_int4(x) if is_column else quantize_int8(x, groups)
         w_codes, w_scale = ternarize(w, projections) if is_column else ternarize(w, groups, dim=1)
@@ -220,15 +242,15 @@ def sweep_tiles() -> None:
     tiles = [(128, 256, 128, 8, 4, 1), (128, 256, 128, 8, 3, 1), (256, 128, 128, 8, 4, 1), (128, 128, 128, 8, 4, 1)]
     tiles += [(128, 128, 128, 4, 3, 2), (128, 128, 128, 8, 3, 2), (128, 256, 64, 8, 6, 1), (64, 128, 128, 4, 3, 3)]
     a, b = (torch.randint(-128, 128, (3, rows, FFN), dtype=torch.int8, device="cuda") for rows in (NUM_TOKENS, HIDDEN))
-    out = torch.empty(1, NUM_TOKENS, HIDDEN, dtype=torch.bfloat16, device="cuda")
+    out = torch.empty(NUM_TOKENS, HIDDEN, dtype=torch.bfloat16, device="cuda")
     for chunk_size in (FFN, 512):
-        scale = torch.ones(1, NUM_TOKENS, -(-FFN // chunk_size), device="cuda")
-        one = torch.ones(1, 1, device="cuda").expand(HIDDEN, scale.shape[2])
+        scale = torch.ones(NUM_TOKENS, -(-FFN // chunk_size), device="cuda")
+        one = torch.ones(1, 1, device="cuda").expand(HIDDEN, scale.shape[1])
         for m, n, k, warps, stages, per_processor in tiles:
             tile = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
 
             def run(mark: Mark, chunk_size=chunk_size, scale=scale, one=one, tile=tile, per=per_processor) -> None:
-                for a_MK, b_NK in zip(a.split(1), b.split(1), strict=True):
+                for a_MK, b_NK in zip(a, b, strict=True):
                     triton_kernels.scaled_int8_matmul(a_MK, scale, b_NK, one, chunk_size, out, tile, per)
                 mark("products")
 
@@ -254,7 +276,9 @@ def main() -> None:
     fused = time_layer(bf16_pass, inputs)
     separate = time_layer(partial(bf16_pass, is_fused=False), inputs)
     bf16 = min(fused, separate, key=lambda table: table["layer"]["total"])
-    tables = {variant: time_layer(partial(eight_bit_pass, **options), inputs) for variant, options in VARIANTS.items()}
+    tables = {
+        variant: time_layer(partial(eight_bit_pass, groups=groups), inputs) for variant, groups in VARIANTS.items()
+    }
     print_tables(bf16, tables)
     result = {"bench": "linears", "tokens": NUM_TOKENS, "gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
     result |= {"triton": version("triton"), "commit": commit(), "gradients": gradients}

@@ -4,19 +4,18 @@ import pytest
 import torch
 
 from bitmoe_kernels.grouped_ternary_gemm import (
-    batched_k_major_codes,
     float8_matmul,
-    grouped_k_major_codes,
     grouped_scaled_code_matmul,
+    grouped_transpose_codes,
 )
 from bitmoe_kernels.grouped_ternary_gemm.reference import (
     expert_slices,
-    grouped_k_major_codes_reference,
     grouped_scaled_code_matmul_reference,
+    grouped_transpose_codes_reference,
     padded_ends_reference,
     padded_rows,
 )
-from bitmoe_kernels.ternary_gemm.reference import k_major_codes_reference, scaled_code_matmul_reference
+from bitmoe_kernels.ternary_gemm.reference import scaled_code_matmul_reference
 
 # Without a GPU the kernels run in Triton's interpreter, which cuts bf16 off instead of rounding: fp32 there.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -152,47 +151,27 @@ def test_grouped_float8_forward_is_exact_on_gpu(monkeypatch, backend, value):
     assert torch.equal(y, grouped_scaled_code_matmul(x, one_R1, w, one_E1, ends(counts)))
 
 
-@pytest.mark.parametrize("column_dtype", [torch.int8, FLOAT8], ids=str)
 @pytest.mark.parametrize("inputs", [20, 130])
 @pytest.mark.parametrize("counts", [*COUNTS, [130, 0, 1, 256]], ids=str)
-def test_grouped_k_major_codes_kernel_is_exact(counts, inputs, column_dtype):
+def test_grouped_transpose_codes_kernel_is_exact(counts, inputs):
     kernels = pytest.importorskip("bitmoe_kernels.grouped_ternary_gemm.triton_codes")
-    x = codes(sum(counts) + 3, inputs, low=-8, high=7)
-    columns = poisoned(inputs, padded_rows(len(x), len(counts)), dtype=column_dtype)
-    kernels.grouped_k_major_codes(x, ends(counts), columns)
+    x = codes(sum(counts) + 3, inputs, low=-128, high=127)
+    columns = poisoned(inputs, padded_rows(len(x), len(counts)), dtype=torch.int8)
+    kernels.grouped_transpose_codes(x, ends(counts), columns)
     end = int(padded_ends_reference(ends(counts))[-1])
-    expected = grouped_k_major_codes_reference(x, column_dtype, ends(counts))
-    assert torch.equal(bits(columns[:, :end]), bits(expected[:, :end]))
-    assert torch.equal(bits(columns[:, end:]), bits(torch.empty_like(columns[:, end:])).fill_(0x7F))
+    assert torch.equal(columns[:, :end], grouped_transpose_codes_reference(x, ends(counts))[:, :end])
+    assert (columns[:, end:] == 0x7F).all()
 
 
-def test_grouped_k_major_codes_puts_experts_at_multiples_of_16():
+@pytest.mark.parametrize("dtype", [torch.int8, FLOAT8], ids=str)
+def test_grouped_transpose_codes_puts_experts_at_multiples_of_16(dtype):
     counts, x = [17, 0, 5], codes(22, 3, low=-8, high=7)
-    columns = grouped_k_major_codes(x, torch.int8, ends(counts))
-    assert columns.shape == (3, 32 + 48)
-    assert torch.equal(columns[:, :17], x[:17].T)
-    assert torch.equal(columns[:, 48:53], x[17:].T)
+    columns = grouped_transpose_codes(x.to(dtype), ends(counts))
+    assert (columns.dtype, columns.shape) == (dtype, (3, 32 + 48))
+    columns = columns.float()
+    assert torch.equal(columns[:, :17], x[:17].T.float())
+    assert torch.equal(columns[:, 48:53], x[17:].T.float())
     assert columns[:, 17:48].abs().max() == columns[:, 53:64].abs().max() == 0
-    assert torch.equal(
-        bits(grouped_k_major_codes(x.to(FLOAT8), FLOAT8, ends(counts))[:, :64]), bits(columns[:, :64].to(FLOAT8))
-    )
-
-
-@pytest.mark.parametrize("row_dtype", [torch.int8, FLOAT8], ids=str)
-@pytest.mark.parametrize(("experts", "outputs", "inputs"), [(3, 40, 20), (2, 130, 140), (1, 16, 1)])
-def test_batched_k_major_codes(experts, outputs, inputs, row_dtype):
-    w = codes(experts, outputs, inputs, low=-1, high=1)
-    rows, columns = batched_k_major_codes(w, row_dtype)
-    kernels = pytest.importorskip("bitmoe_kernels.grouped_ternary_gemm.triton_codes")
-    kernel_rows = poisoned(experts, outputs, inputs, dtype=FLOAT8) if row_dtype == FLOAT8 else None
-    kernel_columns = poisoned(*columns.shape, dtype=FLOAT8)
-    kernels.batched_k_major_codes(w, kernel_rows, kernel_columns)
-    assert torch.equal(bits(kernel_columns), bits(columns))
-    assert kernel_rows is None or torch.equal(bits(kernel_rows), bits(rows))
-    for expert in range(experts):
-        expected = k_major_codes_reference(w[expert], row_dtype, FLOAT8)
-        assert torch.equal(bits(rows[expert]), bits(expected[0]))
-        assert torch.equal(bits(columns[expert]), bits(expected[1]))
 
 
 def test_forward_refuses():
@@ -214,7 +193,7 @@ def test_forward_refuses():
         grouped_scaled_code_matmul(x, x_scale, w, scales(2, 2), end)
     with pytest.raises(ValueError, match="e4m3 codes need one group"):
         grouped_scaled_code_matmul(x.to(FLOAT8), scales(4, 2), w.to(FLOAT8), scales(2, 2), end)
-    with pytest.raises(TypeError, match="e4m3 codes stay e4m3"):
-        grouped_k_major_codes(x.to(FLOAT8), torch.int8, end)
-    with pytest.raises(ValueError, match="must have 3 dimensions"):
-        batched_k_major_codes(x, FLOAT8)
+    with pytest.raises(TypeError, match="must all be int8 or all float8_e4m3fn"):
+        grouped_transpose_codes(x.float(), end)
+    with pytest.raises(ValueError, match="codes must be matrices"):
+        grouped_transpose_codes(w, end)

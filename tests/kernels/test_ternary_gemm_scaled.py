@@ -3,11 +3,10 @@
 import pytest
 import torch
 
-from bitmoe_kernels.ternary_gemm import code_matmul, k_major_codes, scaled_code_matmul
+from bitmoe_kernels.ternary_gemm import code_matmul, scaled_code_matmul, transpose_codes
 from bitmoe_kernels.ternary_gemm.op import padded_groups
 from bitmoe_kernels.ternary_gemm.reference import (
     code_matmul_reference,
-    k_major_codes_reference,
     padded_length,
     scaled_code_matmul_reference,
 )
@@ -52,7 +51,7 @@ def test_scaled_int8_matmul_has_the_references_bits(tokens, inputs, outputs, gro
     x, w = codes(tokens, inputs, low=-128, high=127), codes(outputs, inputs, low=-1, high=1)
     x_scale, w_scale = scales(tokens, groups), scales(outputs, groups)
     y = poisoned(tokens, outputs, dtype=torch.float32)
-    kernels.scaled_int8_matmul(x[None], x_scale[None], w[None], w_scale, inputs // groups, y[None], tile=TILE)
+    kernels.scaled_int8_matmul(x, x_scale, w, w_scale, inputs // groups, y, tile=TILE)
     assert torch.equal(y, scaled_code_matmul_reference(x, x_scale, w, w_scale, torch.float32))
 
 
@@ -62,45 +61,35 @@ def test_scaled_int8_matmul_is_exact_at_the_largest_sums(x_value, w_value):
     x = torch.full((2, 4096), x_value, dtype=torch.int8, device=DEVICE)
     w = torch.full((3, 4096), w_value, dtype=torch.int8, device=DEVICE)
     one, y = torch.ones(3, 1, device=DEVICE), poisoned(2, 3, dtype=torch.float32)
-    kernels.scaled_int8_matmul(x[None], one[None, :2], w[None], one, 4096, y[None], tile=TILE)
+    kernels.scaled_int8_matmul(x, one[:2], w, one, 4096, y, tile=TILE)
     assert torch.equal(y.cpu().long(), code_matmul_reference(x.cpu(), w.cpu()))
 
 
-def test_scaled_int8_matmul_reads_and_writes_strided_batches():
+def test_scaled_int8_matmul_reads_and_writes_strided_rows():
     kernels = pytest.importorskip("bitmoe_kernels.ternary_gemm.triton_kernels")
-    a, b = codes(2, 40, 64, low=-128, high=127), codes(2, 36, 80, low=-128, high=127)[:, :, :64]
-    a_scale, b_scale = scales(2, 40, 3), scales(1, 1).expand(36, 3)
+    a, b = codes(40, 64, low=-128, high=127), codes(36, 80, low=-128, high=127)[:, :64]
+    a_scale, b_scale = scales(40, 3), scales(1, 1).expand(36, 3)
     y = poisoned(40, 72, dtype=torch.float32)
-    kernels.scaled_int8_matmul(a, a_scale, b, b_scale, 24, y.unflatten(1, (2, 36)).transpose(0, 1), tile=TILE)
-    for batch in range(2):
-        expected = torch.zeros(40, 36, device=DEVICE)
-        for chunk, features in enumerate((slice(0, 24), slice(24, 48), slice(48, 64))):
-            sums = a[batch, :, features].float() @ b[batch, :, features].float().T
-            expected += sums * a_scale[batch, :, chunk, None] * b_scale[:, chunk]
-        assert torch.equal(y[:, 36 * batch : 36 * (batch + 1)], expected)
+    kernels.scaled_int8_matmul(a, a_scale, b, b_scale, 24, y[:, 36:], tile=TILE)
+    expected = torch.zeros(40, 36, device=DEVICE)
+    for chunk, features in enumerate((slice(0, 24), slice(24, 48), slice(48, 64))):
+        expected += a[:, features].float() @ b[:, features].float().T * a_scale[:, chunk, None] * b_scale[:, chunk]
+    assert torch.equal(y[:, 36:], expected)
+    assert torch.equal(y[:, :36], poisoned(40, 36, dtype=torch.float32))
 
 
-@pytest.mark.parametrize("row_dtype", [torch.int8, FLOAT8], ids=str)
-@pytest.mark.parametrize("column_dtype", [torch.int8, FLOAT8], ids=str)
+@pytest.mark.parametrize("dtype", [torch.int8, FLOAT8], ids=str)
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (0, 5), (33, 47), (130, 200)])
-def test_k_major_codes_kernel_is_exact(rows, columns, row_dtype, column_dtype):
+def test_transpose_codes(rows, columns, dtype):
     kernels = pytest.importorskip("bitmoe_kernels.ternary_gemm.triton_kernels")
-    x = codes(rows, columns, low=-8, high=7)
-    expected_rows, expected_columns = k_major_codes_reference(x, row_dtype, column_dtype)
-    x_rows = poisoned(rows, columns, dtype=row_dtype) if row_dtype == FLOAT8 else None
-    x_columns = poisoned(columns, padded_length(rows), dtype=column_dtype)
-    kernels.k_major_codes(x, x_rows, x_columns)
-    assert torch.equal(bits(x_columns), bits(expected_columns))
-    assert x_rows is None or torch.equal(bits(x_rows), bits(expected_rows))
-
-
-@pytest.mark.parametrize("values", [range(-8, 8), [0, 1, 2, 3, 4, 6, 8, 12, -1, -2, -3, -4, -6, -8, -12]])
-def test_k_major_codes_keep_every_4_bit_code(values):
-    x = torch.tensor([list(values)], dtype=torch.int8, device=DEVICE)
-    rows, columns = k_major_codes(x, FLOAT8, FLOAT8)
-    assert torch.equal(rows.to(torch.float32), x.float())
-    assert torch.equal(columns.to(torch.float32)[:, :1].T, x.float())
-    assert columns.to(torch.float32)[:, 1:].abs().max() == 0
+    x = codes(rows, columns, low=-8, high=7).to(dtype)
+    transposed = transpose_codes(x)
+    assert (transposed.dtype, transposed.shape) == (dtype, (columns, padded_length(rows)))
+    assert torch.equal(transposed.float()[:, :rows], x.float().T)
+    assert not transposed.float()[:, rows:].any()
+    written = poisoned(*transposed.shape, dtype=torch.int8)
+    kernels.transpose_codes(bits(x), written)
+    assert torch.equal(written, bits(transposed))
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, FLOAT8], ids=str)
@@ -183,5 +172,7 @@ def test_scaled_code_matmul_refuses():
         scaled_code_matmul(x, scales(2, 2), w, scales(4))
     with pytest.raises(ValueError, match="e4m3 codes need one group"):
         scaled_code_matmul(x.to(FLOAT8), scales(2, 2), w.to(FLOAT8), scales(2))
-    with pytest.raises(TypeError, match="int8 codes become int8 or float8_e4m3fn"):
-        k_major_codes(x.float(), torch.int8, FLOAT8)
+    with pytest.raises(TypeError, match="must all be int8 or all float8_e4m3fn"):
+        transpose_codes(x.float())
+    with pytest.raises(ValueError, match="codes must be matrices"):
+        transpose_codes(x[None])

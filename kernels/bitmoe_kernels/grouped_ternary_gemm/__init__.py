@@ -7,23 +7,21 @@ from bitmoe_kernels.grouped_ternary_gemm.backward import (
     grouped_weight_grad,
 )
 from bitmoe_kernels.grouped_ternary_gemm.op import (
-    batched_k_major_codes,
     grouped_code_matmul,
-    grouped_k_major_codes,
     grouped_matmul,
     grouped_outer,
     grouped_scaled_code_matmul,
+    grouped_transpose_codes,
 )
 
 __all__ = [
     "GroupedQuantizedGrad",
-    "batched_k_major_codes",
     "grouped_code_matmul",
     "grouped_input_grad",
-    "grouped_k_major_codes",
     "grouped_matmul",
     "grouped_outer",
     "grouped_quantize_grad",
     "grouped_scaled_code_matmul",
+    "grouped_transpose_codes",
     "grouped_weight_grad",
 ]

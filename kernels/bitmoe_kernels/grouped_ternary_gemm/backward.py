@@ -8,102 +8,97 @@ from typing import NamedTuple
 
 import torch
 
+from bitmoe_kernels.dispatch import runs_triton, runs_triton_by_row
 from bitmoe_kernels.grouped_ternary_gemm.float8_matmul import grouped_float8_matmul, grouped_float8_outer
 from bitmoe_kernels.grouped_ternary_gemm.op import check_ends
 from bitmoe_kernels.grouped_ternary_gemm.reference import (
-    grouped_quantize_grad_reference,
-    grouped_weight_grad_reference,
+    grouped_quantize_columns_reference,
+    grouped_quantize_rows_reference,
     padded_rows,
 )
-from bitmoe_kernels.ternary_gemm.backward import INT8_BLOCK_TOKENS
-from bitmoe_kernels.ternary_gemm.op import CODE_DTYPES, rows_contiguous
-from bitmoe_kernels.ternary_gemm.reference import LEVELS, MIN_ABSMAX, pad_last, padded_length
+from bitmoe_kernels.ternary_gemm.backward import FLOAT8
+from bitmoe_kernels.ternary_gemm.reference import pad_last, padded_length
 from bitmoe_kernels.validation import check_features, check_groups
 
 # Shapes: R = rows sorted by expert, E = experts, I = inputs, O = outputs of the linear, G = groups of inputs,
-#         P = padded_rows(R, E): room for every expert's rows from a multiple of 16 on, C = slots of column scales.
+#         P = padded_rows(R, E): room for every expert's rows from a multiple of 16 on.
 
 
 class GroupedQuantizedGrad(NamedTuple):
-    """dY in the two forms its products need; ``x ~ codes * scale``. Rows past the last expert's are undefined."""
+    """dY in the forms its products need; ``x ~ codes * scale``. Rows past the last expert's are undefined."""
 
     rows_RO: torch.Tensor
     """e4m3 [R, O]: dY, times the weight scale per output where there is one."""
     row_scale_R1: torch.Tensor
     """fp32 [R, 1]."""
-    columns_GOP: torch.Tensor
-    """e4m3 or int8 [G, O, P]: dY times the token scale of each group of inputs, transposed; zeros after the rows of an
+    columns_OP: torch.Tensor | None = None
+    """e4m3 [O, P]: dY times the token scale of the activations, transposed, where asked for; zeros after the rows of an
     expert, undefined after the last one's."""
-    column_scale_GCO: torch.Tensor
-    """fp32 [G, C, O], C = P // block_rows + E: the blocks of an expert whose padded rows begin at p follow one another
-    from slot p // block_rows + expert on; slots between are undefined."""
-    block_rows: int
-    """Rows of one expert that share a column scale; more than P where all of them do (then C = E)."""
-    padded_ends_E: torch.Tensor
+    column_scale_EO: torch.Tensor | None = None
+    """fp32 [E, O]."""
+    padded_ends_E: torch.Tensor | None = None
     """int32 [E]: where each expert's padded rows end among P."""
 
 
 @torch.no_grad()
 def grouped_quantize_grad(
     dy_RO: torch.Tensor,
-    x_scale_RG: torch.Tensor,
-    w_scale_EO: torch.Tensor | None,
     ends_E: torch.Tensor,
-    column_dtype: torch.dtype = torch.float8_e4m3fn,
+    w_scale_EO: torch.Tensor | None = None,
+    x_scale_R1: torch.Tensor | None = None,
 ) -> GroupedQuantizedGrad:
-    """Round the gradient of the experts' outputs for both backward products (README eq. 3).
+    """Round the gradient of the experts' outputs for one backward product or both (README eq. 3).
 
     Args:
         dy_RO: [R, O], bf16, fp16 or fp32.
-        x_scale_RG: fp32 [R, G], the scales of the forward's rows.
+        ends_E: int32 [E], where each expert's rows end.
         w_scale_EO: fp32 [E, O] where the weights have a scale per output row: folded into the rows. None where they
             have one scale per expert, or per expert and group of inputs: pass it to :func:`grouped_input_grad`.
-        ends_E: int32 [E], where each expert's rows end.
-        column_dtype: the type of the activations' transposed codes: e4m3 for INT4, int8 for INT8.
+        x_scale_R1: fp32 [R, 1], the token scales of e4m3 activations: write the columns, too, for
+            :func:`grouped_weight_grad`.
 
     Returns:
         The codes and scales. A row or column that holds NaN or Inf gets a NaN scale and codes 0.
 
     Raises:
-        TypeError: ``dy_RO`` not floating point, an unknown ``column_dtype``, or ends that are not int32.
+        TypeError: ``dy_RO`` not floating point, or ends that are not int32.
         ValueError: shapes that do not fit.
     """
+    _check_grad(dy_RO, ends_E, w_scale_EO, x_scale_R1)
+    dy_RO = dy_RO.contiguous()
+    runs = runs_triton_by_row(dy_RO) if x_scale_R1 is None else runs_triton(dy_RO)
+    if not runs:
+        rows = grouped_quantize_rows_reference(dy_RO, w_scale_EO, ends_E)
+        columns = () if x_scale_R1 is None else grouped_quantize_columns_reference(dy_RO, x_scale_R1, ends_E)
+        return GroupedQuantizedGrad(*rows, *columns)
+    from bitmoe_kernels.grouped_ternary_gemm import triton_codes
+    from bitmoe_kernels.ternary_gemm import triton_grad
+
+    (num_rows, num_outputs), num_experts = dy_RO.shape, len(ends_E)
+    rows = dy_RO.new_empty(num_rows, num_outputs, dtype=FLOAT8), dy_RO.new_empty(num_rows, 1, dtype=torch.float32)
+    w_scale_EO = None if w_scale_EO is None else w_scale_EO.contiguous()
+    if x_scale_R1 is None:
+        triton_grad.quantize_rows(dy_RO, w_scale_EO, ends_E, *rows)
+        return GroupedQuantizedGrad(*rows)
+    columns = (
+        dy_RO.new_empty(num_outputs, padded_rows(num_rows, num_experts), dtype=FLOAT8),
+        dy_RO.new_empty(num_experts, num_outputs, dtype=torch.float32),
+    )
+    inputs = (dy_RO, w_scale_EO, x_scale_R1.contiguous(), ends_E)
+    tiles = triton_codes.grouped_quantize_rows_and_columns(*inputs, *rows, *columns)
+    return GroupedQuantizedGrad(*rows, *columns, tiles.padded_ends_E)
+
+
+def _check_grad(dy_RO: torch.Tensor, ends_E: torch.Tensor, w_scale_EO, x_scale_R1) -> None:
     check_features(dy_RO, "dy")
     check_ends(ends_E)
-    if column_dtype not in CODE_DTYPES:
-        raise TypeError(f"column_dtype must be int8 or float8_e4m3fn, got {column_dtype}")
-    if dy_RO.dim() != 2 or x_scale_RG.dim() != 2 or len(x_scale_RG) != len(dy_RO):
-        raise ValueError(f"dy {list(dy_RO.shape)} and x_scale {list(x_scale_RG.shape)} must be [R, O] and [R, groups]")
-    (num_rows, num_outputs), num_groups, num_experts = dy_RO.shape, x_scale_RG.shape[1], len(ends_E)
+    if dy_RO.dim() != 2:
+        raise ValueError(f"dy of shape {list(dy_RO.shape)} must be [R, O]")
+    (num_rows, num_outputs), num_experts = dy_RO.shape, len(ends_E)
     if w_scale_EO is not None and w_scale_EO.shape != (num_experts, num_outputs):
         raise ValueError(f"w_scale has shape {list(w_scale_EO.shape)}: it must be [{num_experts}, {num_outputs}]")
-    num_columns = padded_rows(num_rows, num_experts)
-    block_rows = INT8_BLOCK_TOKENS if column_dtype == torch.int8 else num_columns + 1
-    if not dy_RO.is_cuda:
-        *codes, padded_ends_E = grouped_quantize_grad_reference(
-            dy_RO, x_scale_RG, w_scale_EO, ends_E, column_dtype, block_rows
-        )
-        return GroupedQuantizedGrad(*codes, block_rows, padded_ends_E)
-    from bitmoe_kernels.grouped_ternary_gemm import triton_codes
-
-    num_slots = num_columns // block_rows + num_experts
-    codes = (
-        dy_RO.new_empty(num_rows, num_outputs, dtype=torch.float8_e4m3fn),
-        dy_RO.new_empty(num_rows, 1, dtype=torch.float32),
-        dy_RO.new_empty(num_groups, num_outputs, num_columns, dtype=column_dtype),
-        dy_RO.new_empty(num_groups, num_slots, num_outputs, dtype=torch.float32),
-    )
-    tiles = triton_codes.grouped_quantize_grad(
-        rows_contiguous(dy_RO),
-        x_scale_RG,
-        None if w_scale_EO is None else w_scale_EO.contiguous(),
-        ends_E,
-        block_rows,
-        MIN_ABSMAX,
-        (LEVELS[torch.float8_e4m3fn], LEVELS[column_dtype]),
-        *codes,
-    )
-    return GroupedQuantizedGrad(*codes, block_rows, tiles.padded_ends_E)
+    if x_scale_R1 is not None and x_scale_R1.shape != (num_rows, 1):
+        raise ValueError(f"x_scale of shape {list(x_scale_R1.shape)} must be [{num_rows}, 1]: columns need one group")
 
 
 @torch.no_grad()
@@ -119,7 +114,8 @@ def grouped_input_grad(
 
     Args:
         grad: from :func:`grouped_quantize_grad`.
-        w_codes_EIO: transposed weight codes, e4m3 [E, I, O rounded up to 16], from :func:`batched_k_major_codes`.
+        w_codes_EIO: transposed weight codes, e4m3 [E, I, O rounded up to 16], from
+            ``weight_quant.ternary_operands``.
         w_scale_EG: fp32, one scale [E, 1] or one per group of inputs [E, G]; None where ``grad`` holds it already.
         ends_E: int32 [E], as in ``grad``.
         fast_accum: keep sums in the tensor cores, as in ``ternary_gemm.backward``.
@@ -158,37 +154,23 @@ def grouped_weight_grad(
     """Gradient of the experts' weights: dW = dY^T @ X with exact activation codes (README eq. 5).
 
     Args:
-        grad: from :func:`grouped_quantize_grad`, with columns of the type of ``x_codes_IP``.
-        x_codes_IP: transposed activation codes, e4m3 or int8 [I, P], from :func:`grouped_k_major_codes`.
-        fast_accum: as in :func:`grouped_input_grad`; int8 sums are exact always.
+        grad: from :func:`grouped_quantize_grad`, with columns.
+        x_codes_IP: transposed activation codes, e4m3 [I, P], from ``grouped_transpose_codes``.
+        fast_accum: as in :func:`grouped_input_grad`.
 
     Returns:
         bf16 [E, O, I], zeros for experts without rows.
 
     Raises:
-        TypeError: codes of different types.
-        ValueError: shapes that do not fit.
+        TypeError: activation codes that are not e4m3.
+        ValueError: a gradient without columns, or shapes that do not fit.
     """
-    num_groups, num_outputs, num_columns = grad.columns_GOP.shape
-    if x_codes_IP.dtype != grad.columns_GOP.dtype:
-        raise TypeError(f"codes must be of one type, got {grad.columns_GOP.dtype} and {x_codes_IP.dtype}")
+    if grad.columns_OP is None:
+        raise ValueError("the gradient was rounded by row only: pass x_scale to grouped_quantize_grad")
+    if x_codes_IP.dtype != FLOAT8:
+        raise TypeError(f"x_codes must be float8_e4m3fn, got {x_codes_IP.dtype}")
+    num_columns = grad.columns_OP.shape[1]
     if x_codes_IP.dim() != 2 or x_codes_IP.shape[1] != num_columns:
         raise ValueError(f"x_codes of shape {list(x_codes_IP.shape)} must be [I, {num_columns}]")
-    num_inputs = len(x_codes_IP)
-    check_groups(num_groups, num_inputs, "inputs")
-    operands = (
-        grad.columns_GOP,
-        grad.column_scale_GCO,
-        x_codes_IP.contiguous(),
-        grad.padded_ends_E,
-        grad.block_rows,
-    )
-    if x_codes_IP.dtype == torch.float8_e4m3fn:
-        return grouped_float8_outer(*operands, fast_accum=fast_accum)
-    if not x_codes_IP.is_cuda:
-        return grouped_weight_grad_reference(*operands)
-    from bitmoe_kernels.grouped_ternary_gemm import triton_kernels
-
-    dw_EOI = x_codes_IP.new_empty(len(grad.padded_ends_E), num_outputs, num_inputs, dtype=torch.bfloat16)
-    triton_kernels.grouped_outer(*operands, dw_EOI)
-    return dw_EOI
+    columns = (grad.columns_OP, grad.column_scale_EO)
+    return grouped_float8_outer(*columns, x_codes_IP.contiguous(), grad.padded_ends_E, fast_accum=fast_accum)

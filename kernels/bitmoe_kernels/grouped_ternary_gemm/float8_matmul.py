@@ -17,7 +17,7 @@ from bitmoe_kernels.grouped_ternary_gemm.reference import (
 from bitmoe_kernels.ternary_gemm.reference import PADDING
 
 # Shapes: R = rows sorted by expert, E = experts, K = contracted, N = output columns, O = outputs, I = inputs,
-#         G = groups of inputs, P = padded rows.
+#         P = padded rows.
 
 BACKENDS = {"forward": "torch", "input_grad": "torch", "weight_grad": "torch"}
 """Which kernel multiplies on a GPU, "torch" or "triton", by product; bench/grouped.py times both."""
@@ -74,45 +74,37 @@ def _fits_torch(num_rows: int, num_columns: int) -> bool:
 
 
 def grouped_float8_outer(
-    a_GOP: torch.Tensor,
-    a_scale_GEO: torch.Tensor,
+    a_OP: torch.Tensor,
+    a_scale_EO: torch.Tensor,
     b_IP: torch.Tensor,
     padded_ends_E: torch.Tensor,
-    block_rows: int,
     *,
     fast_accum: bool,
 ) -> torch.Tensor:
     """Contract each expert's padded rows (README eq. 5): bf16 [E, O, I], zeros for experts without rows.
 
     Args:
-        a_GOP: e4m3 [G, O, P].
-        a_scale_GEO: fp32 [G, E, O], one for each expert and output.
-        b_IP: e4m3 [I, P]; G equal blocks of the I inputs.
+        a_OP: e4m3 [O, P].
+        a_scale_EO: fp32 [E, O], one for each expert and output.
+        b_IP: e4m3 [I, P].
         padded_ends_E: int32 [E].
-        block_rows: more than P.
         fast_accum: keep sums in the tensor cores; ours always does.
     """
-    if not a_GOP.is_cuda:
-        return grouped_weight_grad_reference(a_GOP, a_scale_GEO, b_IP, padded_ends_E, block_rows)
-    num_groups, num_outputs, _ = a_GOP.shape
-    num_experts, num_inputs = len(padded_ends_E), len(b_IP)
-    if BACKENDS["weight_grad"] == "torch" and _fits_torch(num_outputs, num_inputs // num_groups):
-        ones = a_scale_GEO.new_ones(num_experts * (num_inputs // num_groups))
-        parts = [
-            torch._scaled_grouped_mm(
-                a_OP,
-                b_iP.T,
-                a_scale_EO.flatten(),
-                ones,
-                offs=padded_ends_E,
-                out_dtype=torch.bfloat16,
-                use_fast_accum=fast_accum,
-            )
-            for a_OP, a_scale_EO, b_iP in zip(a_GOP, a_scale_GEO, b_IP.chunk(num_groups), strict=True)
-        ]
-        return parts[0] if num_groups == 1 else torch.cat(parts, dim=2)
+    if not a_OP.is_cuda:
+        return grouped_weight_grad_reference(a_OP, a_scale_EO, b_IP, padded_ends_E)
+    num_experts, num_outputs, num_inputs = *a_scale_EO.shape, len(b_IP)
+    if BACKENDS["weight_grad"] == "torch" and _fits_torch(num_outputs, num_inputs):
+        return torch._scaled_grouped_mm(
+            a_OP,
+            b_IP.T,
+            a_scale_EO.flatten(),
+            a_scale_EO.new_ones(num_experts * num_inputs),
+            offs=padded_ends_E,
+            out_dtype=torch.bfloat16,
+            use_fast_accum=fast_accum,
+        )
     from bitmoe_kernels.grouped_ternary_gemm import triton_kernels
 
-    out_EOI = a_GOP.new_empty(num_experts, num_outputs, num_inputs, dtype=torch.bfloat16)
-    triton_kernels.grouped_outer(a_GOP, a_scale_GEO, b_IP, padded_ends_E, block_rows, out_EOI)
+    out_EOI = a_OP.new_empty(num_experts, num_outputs, num_inputs, dtype=torch.bfloat16)
+    triton_kernels.grouped_outer(a_OP, a_scale_EO, b_IP, padded_ends_E, out_EOI)
     return out_EOI

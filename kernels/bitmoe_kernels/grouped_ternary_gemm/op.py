@@ -11,14 +11,13 @@ import torch
 
 from bitmoe_kernels.grouped_ternary_gemm.float8_matmul import grouped_float8_matmul
 from bitmoe_kernels.grouped_ternary_gemm.reference import (
-    grouped_k_major_codes_reference,
     grouped_matmul_reference,
     grouped_outer_reference,
     grouped_scaled_code_matmul_reference,
+    grouped_transpose_codes_reference,
     padded_rows,
 )
-from bitmoe_kernels.ternary_gemm.op import CODE_DTYPES, check_contracted, padded_groups, rows_contiguous
-from bitmoe_kernels.ternary_gemm.reference import k_major_codes_reference, padded_length
+from bitmoe_kernels.ternary_gemm.op import CODE_DTYPES, check_codes, check_contracted, padded_groups, rows_contiguous
 from bitmoe_kernels.validation import check_groups
 
 # Shapes: R = rows (token copies, sorted by expert), E = experts, K = contracted features, N = output features,
@@ -169,68 +168,29 @@ def _check_forward(x_codes_RI, x_scale_RG, w_codes_EOI, w_scale, ends_E) -> int:
 
 
 @torch.no_grad()
-def grouped_k_major_codes(codes_RI: torch.Tensor, column_dtype: torch.dtype, ends_E: torch.Tensor) -> torch.Tensor:
+def grouped_transpose_codes(codes_RI: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
     """Transpose activation codes for the weight gradient, each expert's rows where ``grouped_quantize_grad`` puts them.
 
     Args:
-        codes_RI: [R, I], e4m3, or int8; int8 to e4m3 takes magnitudes up to 16 or one of 18, 20, ... (all 4-bit codes).
-        column_dtype: int8 or e4m3; e4m3 codes stay e4m3.
+        codes_RI: int8 or e4m3 [R, I].
         ends_E: int32 [E], where each expert's rows end.
 
     Returns:
-        [I, P], P = R rounded up to 16, plus 16 for each expert: each expert's rows begin at a multiple of 16 and are
-        followed by zeros up to the next one's; what follows the last expert's is undefined.
+        [I, P] of the same type, P = R rounded up to 16, plus 16 for each expert: each expert's rows begin at a multiple
+        of 16 and are followed by zeros up to the next one's; what follows the last expert's is undefined.
 
     Raises:
-        TypeError: other types of codes, e4m3 codes as int8, or ends that are not int32.
+        TypeError: other types of codes, or ends that are not int32.
         ValueError: codes that are no matrix.
     """
     check_ends(ends_E)
-    _check_k_major(codes_RI, 2, column_dtype)
+    check_codes(codes_RI)
     if not codes_RI.is_cuda:
-        return grouped_k_major_codes_reference(codes_RI, column_dtype, ends_E)
+        return grouped_transpose_codes_reference(codes_RI, ends_E)
     from bitmoe_kernels.grouped_ternary_gemm import triton_codes
 
     num_rows, num_inputs = codes_RI.shape
-    columns_IP = codes_RI.new_empty(num_inputs, padded_rows(num_rows, len(ends_E)), dtype=column_dtype)
-    triton_codes.grouped_k_major_codes(rows_contiguous(codes_RI), ends_E, columns_IP)
+    columns_IP = codes_RI.new_empty(num_inputs, padded_rows(num_rows, len(ends_E)))
+    codes_RI = rows_contiguous(codes_RI).view(torch.int8)
+    triton_codes.grouped_transpose_codes(codes_RI, ends_E, columns_IP.view(torch.int8))
     return columns_IP
-
-
-@torch.no_grad()
-def batched_k_major_codes(codes_EOI: torch.Tensor, row_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Write the experts' weight codes in both layouts that 8-bit products need, in one read.
-
-    Args:
-        codes_EOI: ternary codes [E, O, I], int8 or e4m3.
-        row_dtype: int8 or e4m3, the type of the activations; the input itself is returned where it has this type.
-
-    Returns:
-        codes [E, O, I] for the forward, and e4m3 [E, I, O rounded up to 16], padded with zeros, for the input gradient.
-
-    Raises:
-        TypeError: other types of codes, or e4m3 codes as int8.
-        ValueError: codes that are not [E, O, I].
-    """
-    _check_k_major(codes_EOI, 3, row_dtype)
-    num_experts, num_outputs, num_inputs = codes_EOI.shape
-    column_shape = (num_experts, num_inputs, padded_length(num_outputs))
-    columns_EIP = codes_EOI.new_empty(column_shape, dtype=torch.float8_e4m3fn)
-    if not codes_EOI.is_cuda:
-        for codes_OI, columns_IP in zip(codes_EOI, columns_EIP, strict=True):
-            columns_IP.copy_(k_major_codes_reference(codes_OI, torch.int8, torch.float8_e4m3fn)[1])
-        return codes_EOI.to(row_dtype), columns_EIP
-    from bitmoe_kernels.grouped_ternary_gemm import triton_codes
-
-    rows_EOI = codes_EOI.new_empty(codes_EOI.shape, dtype=row_dtype) if row_dtype != codes_EOI.dtype else None
-    triton_codes.batched_k_major_codes(codes_EOI.contiguous(), rows_EOI, columns_EIP)
-    return codes_EOI if rows_EOI is None else rows_EOI, columns_EIP
-
-
-def _check_k_major(codes: torch.Tensor, num_dims: int, wanted: torch.dtype) -> None:
-    if codes.dtype not in CODE_DTYPES or wanted not in CODE_DTYPES:
-        raise TypeError(f"codes are int8 or float8_e4m3fn, got {codes.dtype} to become {wanted}")
-    if codes.dtype == torch.float8_e4m3fn and wanted == torch.int8:
-        raise TypeError("e4m3 codes stay e4m3: ask for float8_e4m3fn")
-    if codes.dim() != num_dims:
-        raise ValueError(f"codes of shape {list(codes.shape)} must have {num_dims} dimensions")

@@ -9,16 +9,15 @@ import torch
 from bitmoe_kernels.ternary_gemm.reference import (
     PADDING,
     float8_matmul_reference,
-    pad_last,
     padded_length,
-    quantize_grad_reference,
+    quantize_columns_reference,
+    quantize_rows_reference,
     scaled_code_matmul_reference,
-    weight_grad_reference,
 )
 
 # Shapes: R = rows (token copies, sorted by expert), E = experts, K = contracted features, N = output features,
 #         I = inputs, O = outputs of the linear, G = groups of inputs, P = padded_rows(R, E): room for each expert's
-#         rows from a multiple of PADDING on, C = padded_rows(R, E) // block_rows + E slots of column scales.
+#         rows from a multiple of PADDING on.
 
 
 def grouped_matmul_reference(x_RK: torch.Tensor, w_EKN: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
@@ -111,14 +110,11 @@ def grouped_float8_matmul_reference(
     return y_RN
 
 
-def grouped_k_major_codes_reference(
-    codes_RI: torch.Tensor, column_dtype: torch.dtype, ends_E: torch.Tensor
-) -> torch.Tensor:
+def grouped_transpose_codes_reference(codes_RI: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
     """Transposed codes [I, P], each expert's rows from its padded start on, zeros elsewhere."""
-    num_columns = padded_rows(len(codes_RI), len(ends_E))
-    columns_IP = codes_RI.new_zeros(codes_RI.shape[1], num_columns, dtype=column_dtype)
+    columns_IP = codes_RI.new_zeros(codes_RI.shape[1], padded_rows(len(codes_RI), len(ends_E)))
     for rows, columns in _placed(ends_E):
-        columns_IP[:, columns] = codes_RI[rows].T.to(column_dtype)
+        columns_IP[:, columns] = codes_RI[rows].T
     return columns_IP
 
 
@@ -130,57 +126,39 @@ def _placed(ends_E: torch.Tensor) -> list[tuple[slice, slice]]:
     return placed
 
 
-def first_scale_slots(ends_E: torch.Tensor, block_rows: int) -> list[int]:
-    """Where the column scales of each expert begin; its blocks of ``block_rows`` follow one another from there.
+def grouped_quantize_rows_reference(
+    dy_RO: torch.Tensor, w_scale_EO: torch.Tensor | None, ends_E: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """README eq. 3: e4m3 rows [R, O] and scale [R, 1]; zeros where no expert has a row."""
+    rows_RO = dy_RO.new_zeros(dy_RO.shape, dtype=torch.float8_e4m3fn)
+    row_scale_R1 = dy_RO.new_zeros(len(dy_RO), 1, dtype=torch.float32)
+    for expert, rows in enumerate(expert_slices(ends_E)):
+        w_scale_O = None if w_scale_EO is None else w_scale_EO[expert]
+        rows_RO[rows], row_scale_R1[rows] = quantize_rows_reference(dy_RO[rows], w_scale_O)
+    return rows_RO, row_scale_R1
 
-    padded start // block_rows + expert leaves room for every block of the experts before, without counting them.
-    """
-    columns = expert_slices(padded_ends_reference(ends_E))
-    return [column.start // block_rows + expert for expert, column in enumerate(columns)]
 
-
-def grouped_quantize_grad_reference(
-    dy_RO: torch.Tensor,
-    x_scale_RG: torch.Tensor,
-    w_scale_EO: torch.Tensor | None,
-    ends_E: torch.Tensor,
-    column_dtype: torch.dtype,
-    block_rows: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """README eq. 3: rows [R, O], scale [R, 1]; columns [G, O, P], scale [G, C, O]; padded ends int32 [E]."""
-    (num_rows, num_outputs), num_groups, num_experts = dy_RO.shape, x_scale_RG.shape[1], len(ends_E)
-    num_columns = padded_rows(num_rows, num_experts)
-    num_slots = num_columns // block_rows + num_experts
-    rows_RO = dy_RO.new_zeros(num_rows, num_outputs, dtype=torch.float8_e4m3fn)
-    row_scale_R1 = dy_RO.new_zeros(num_rows, 1, dtype=torch.float32)
-    columns_GOP = dy_RO.new_zeros(num_groups, num_outputs, num_columns, dtype=column_dtype)
-    column_scale_GCO = dy_RO.new_zeros(num_groups, num_slots, num_outputs, dtype=torch.float32)
-    for expert, ((rows, columns), slot) in enumerate(
-        zip(_placed(ends_E), first_scale_slots(ends_E, block_rows), strict=True)
-    ):
-        # A row of zeros moves no maximum, and gives an expert without rows its one block.
-        count = rows.stop - rows.start
-        dy, x_scale = (pad_last(x[rows].T, max(count, 1)).T for x in (dy_RO, x_scale_RG))
-        w_scale = None if w_scale_EO is None else w_scale_EO[expert]
-        codes, scale, codes_GOp, scale_GOc = quantize_grad_reference(dy, x_scale, w_scale, column_dtype, block_rows)
-        rows_RO[rows], row_scale_R1[rows] = codes[:count], scale[:count]
-        columns_GOP[:, :, columns] = codes_GOp[:, :, :count]
-        column_scale_GCO[:, slot : slot + scale_GOc.shape[2]] = scale_GOc.transpose(1, 2)
-    return rows_RO, row_scale_R1, columns_GOP, column_scale_GCO, padded_ends_reference(ends_E)
+def grouped_quantize_columns_reference(
+    dy_RO: torch.Tensor, x_scale_R1: torch.Tensor, ends_E: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """README eq. 3: e4m3 columns [O, P] and scale [E, O]; padded ends int32 [E]."""
+    (num_rows, num_outputs), num_experts = dy_RO.shape, len(ends_E)
+    columns_OP = dy_RO.new_zeros(num_outputs, padded_rows(num_rows, num_experts), dtype=torch.float8_e4m3fn)
+    column_scale_EO = dy_RO.new_zeros(num_experts, num_outputs, dtype=torch.float32)
+    for expert, (rows, columns) in enumerate(_placed(ends_E)):
+        codes_Op, scale_O1 = quantize_columns_reference(dy_RO[rows], x_scale_R1[rows])
+        columns_OP[:, columns], column_scale_EO[expert] = codes_Op[:, : rows.stop - rows.start], scale_O1[:, 0]
+    return columns_OP, column_scale_EO, padded_ends_reference(ends_E)
 
 
 def grouped_weight_grad_reference(
-    columns_GOP: torch.Tensor,
-    column_scale_GCO: torch.Tensor,
-    x_codes_IP: torch.Tensor,
-    padded_ends_E: torch.Tensor,
-    block_rows: int,
+    columns_OP: torch.Tensor, column_scale_EO: torch.Tensor, x_codes_IP: torch.Tensor, padded_ends_E: torch.Tensor
 ) -> torch.Tensor:
-    """README eq. 5 for each expert: dW bf16 [E, O, I], blocks of rows added in order."""
-    parts = []
-    for expert, columns in enumerate(expert_slices(padded_ends_E)):
-        num_blocks = -(-(columns.stop - columns.start) // block_rows)
-        slot = columns.start // block_rows + expert
-        scale_GOC = column_scale_GCO[:, slot : slot + num_blocks].transpose(1, 2)
-        parts.append(weight_grad_reference(columns_GOP[:, :, columns], scale_GOC, block_rows, x_codes_IP[:, columns]))
-    return torch.stack(parts)
+    """README eq. 5 for each expert: dW bf16 [E, O, I]."""
+    one = column_scale_EO.new_ones(1)
+    return torch.stack(
+        [
+            float8_matmul_reference(columns_OP[:, rows], scale_O[:, None], x_codes_IP[:, rows], one)
+            for scale_O, rows in zip(column_scale_EO, expert_slices(padded_ends_E), strict=True)
+        ]
+    )

@@ -1,7 +1,8 @@
 """Triton GEMMs of routed experts: INT8 and FP8, over the rows of each expert and over their contraction.
 
-What      One persistent kernel for [R, K] x [E, N, K] (forward, dgrad) and one for the wgrad, with the main loop of the
-          dense ``ternary_gemm`` kernel. The number of rows of an expert is read on the device (triton_row_tiles.py).
+What      One persistent kernel for [R, K] x [E, N, K] (forward, dgrad), with the main loop of the dense kernel in
+          ``ternary_gemm``, and one for the wgrad of e4m3 codes. How many rows an expert has is read on the device
+          (triton_row_tiles.py).
 Contract  codes int8 or e4m3, last dimension contiguous; scales fp32; outputs are allocated by the caller. Rows past
           ``ends_E[-1]`` are neither read into results nor written.
 Numerics  int8 has the bits of the reference. FP8 sums stay in the tensor cores (about 14 significant bits) for one
@@ -20,11 +21,12 @@ from bitmoe_kernels.ternary_gemm.triton_kernels import (
     SQUARE_TILE,
     TILES_PER_STRIP,
     WIDE_TILE,
-    _num_processors,
+    num_processors,
+    scaled,
 )
 
-# Shapes: R = rows sorted by expert, E = experts, K = contracted, N = columns of a product, C = chunks of k, or slots of
-#         column scales; I = inputs, O = outputs, G = groups of inputs, P = padded rows.
+# Shapes: R = rows sorted by expert, E = experts, K = contracted, N = columns of a product, C = chunks of k; I = inputs,
+#         O = outputs, P = padded rows.
 
 
 @triton.jit
@@ -37,15 +39,6 @@ def _place_in_strip(tile, tiles_m, tiles_n, TILES_PER_STRIP: tl.constexpr):
 
 
 @triton.jit
-def _scaled(sums, a_scale_ptrs, b_scale_ptrs, HAS_B_SCALE: tl.constexpr):
-    """Sums [M, N] in fp32 times a scale per row, then, where there is one, times a scale per column."""
-    scaled = sums.to(tl.float32) * tl.load(a_scale_ptrs)[:, None]
-    if HAS_B_SCALE:
-        scaled *= tl.load(b_scale_ptrs)[None, :]
-    return scaled
-
-
-@triton.jit
 def _product(
     a_ptrs,
     b_ptrs,
@@ -54,11 +47,9 @@ def _product(
     K,
     num_chunks,
     chunk_size,
-    a_scale_chunk_stride,
     b_scale_chunk_stride,
     ONE_CHUNK: tl.constexpr,
     SCALE_CHUNKS: tl.constexpr,
-    HAS_B_SCALE: tl.constexpr,
     SUM_DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -83,15 +74,14 @@ def _product(
         # One flat loop keeps the loads in flight from chunk to chunk.
         if not ONE_CHUNK and k + BLOCK_K >= length:
             if SCALE_CHUNKS:
-                chunk_b_scale_ptrs = b_scale_ptrs + chunk * b_scale_chunk_stride
-                total += _scaled(sums, a_scale_ptrs + chunk * a_scale_chunk_stride, chunk_b_scale_ptrs, HAS_B_SCALE)
+                total += scaled(sums, a_scale_ptrs + chunk, b_scale_ptrs + chunk * b_scale_chunk_stride)
             else:
                 total += sums.to(tl.float32)
             sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=SUM_DTYPE)
     if ONE_CHUNK:
         total = sums.to(tl.float32)
     if not SCALE_CHUNKS:
-        total = _scaled(total, a_scale_ptrs, b_scale_ptrs, HAS_B_SCALE)
+        total = scaled(total, a_scale_ptrs, b_scale_ptrs)
     return total
 
 
@@ -146,11 +136,9 @@ def _grouped_matmul_kernel(
             K,
             num_chunks,
             chunk_size,
-            1,
             b_scale_chunk_stride,
             ONE_CHUNK,
             SCALE_CHUNKS,
-            True,
             SUM_DTYPE,
             BLOCK_M,
             BLOCK_N,
@@ -190,7 +178,7 @@ def grouped_matmul(
     tiles = row_tiles(ends_E, num_rows, tile["BLOCK_M"])
     max_tiles = tiles.table_4S.shape[1]
     num_programs = min(
-        max_tiles * triton.cdiv(n, tile["BLOCK_N"]), _num_processors(a_RK.device) * programs_per_processor
+        max_tiles * triton.cdiv(n, tile["BLOCK_N"]), num_processors(a_RK.device) * programs_per_processor
     )
     _grouped_matmul_kernel[(num_programs,)](
         a_RK,
@@ -232,14 +220,9 @@ def _grouped_outer_kernel(
     out_ptr,
     padded_ends_ptr,
     num_experts,
-    num_groups,
-    num_slots,
     M,
     N,
     num_columns,
-    block_rows,
-    ONE_CHUNK: tl.constexpr,
-    SUM_DTYPE: tl.constexpr,
     PADDING: tl.constexpr,
     TILES_PER_STRIP: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -248,84 +231,59 @@ def _grouped_outer_kernel(
 ):
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
-    num_tiles = num_experts * num_groups * tiles_m * tiles_n
     offs_k = tl.arange(0, BLOCK_K)
-    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0)):
-        batch = tile // (tiles_m * tiles_n)
-        expert = batch // num_groups
-        group = (batch % num_groups).to(tl.int64)
+    for tile in tl.range(tl.program_id(0), num_experts * tiles_m * tiles_n, tl.num_programs(0)):
+        expert = tile // (tiles_m * tiles_n)
         tile_m, tile_n = _place_in_strip(tile % (tiles_m * tiles_n), tiles_m, tiles_n, TILES_PER_STRIP)
         start = tl.multiple_of(tl.load(padded_ends_ptr + expert - 1, mask=expert > 0, other=0), PADDING)
         K = tl.multiple_of(tl.load(padded_ends_ptr + expert) - start, PADDING)
-        slot = start // block_rows + expert
         offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
         offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
         # Rows past the end read row 0 and are not stored.
         rows_m = tl.where(offs_m < M, offs_m, 0).to(tl.int64)
         rows_n = tl.where(offs_n < N, offs_n, 0).to(tl.int64)
-        total = _product(
-            a_ptr + start + (group * M + rows_m)[:, None] * num_columns + offs_k[None, :],
-            b_ptr + start + (group * N + rows_n)[None, :] * num_columns + offs_k[:, None],
-            a_scale_ptr + (group * num_slots + slot) * M + rows_m,
-            a_scale_ptr,
-            K,
-            1 if ONE_CHUNK else tl.cdiv(K, block_rows),
-            K if ONE_CHUNK else block_rows,
-            M,
-            0,
-            ONE_CHUNK,
-            not ONE_CHUNK,
-            False,
-            SUM_DTYPE,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
-        )
-        out_rows = (expert.to(tl.int64) * M + offs_m)[:, None] * (num_groups * N)
-        out_ptrs = out_ptr + out_rows + group * N + offs_n[None, :]
-        tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
+        a_ptrs = a_ptr + start + rows_m[:, None] * num_columns + offs_k[None, :]
+        b_ptrs = b_ptr + start + rows_n[None, :] * num_columns + offs_k[:, None]
+        sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for k in range(0, K, BLOCK_K):
+            mask_k = offs_k < K - k
+            a = tl.load(a_ptrs + k, mask=mask_k[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
+            b = tl.load(b_ptrs + k, mask=mask_k[:, None], other=0.0)  # [BLOCK_K, BLOCK_N]
+            sums = tl.dot(a, b, sums)
+        sums *= tl.load(a_scale_ptr + expert * M + rows_m)[:, None]
+        out_ptrs = out_ptr + (expert.to(tl.int64) * M + offs_m)[:, None] * N + offs_n[None, :]
+        tl.store(out_ptrs, sums.to(out_ptr.dtype.element_ty), mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
 
 
 def grouped_outer(
-    a_GOP: torch.Tensor,
-    a_scale_GCO: torch.Tensor,
+    a_OP: torch.Tensor,
+    a_scale_EO: torch.Tensor,
     b_IP: torch.Tensor,
     padded_ends_E: torch.Tensor,
-    block_rows: int,
     out_EOI: torch.Tensor,
     tile: dict | None = None,
     programs_per_processor: int = 1,
 ) -> None:
-    """README eq. 5: contract each expert's padded rows, block by block for int8; all tensors contiguous.
+    """README eq. 5: contract each expert's padded rows of e4m3 codes; all tensors contiguous.
 
-    Blocks are scaled by themselves; e4m3 has one block an expert. ``tile`` and ``programs_per_processor`` are for
-    measurements and tests.
+    ``tile`` and ``programs_per_processor`` are for measurements and tests.
     """
-    num_groups, num_outputs, num_columns = a_GOP.shape
-    num_experts, _, num_inputs = out_EOI.shape
-    group_inputs = num_inputs // num_groups
-    is_one_chunk = a_GOP.dtype == torch.float8_e4m3fn
-    tile = tile or (WIDE_TILE if is_one_chunk else SQUARE_TILE)
-    num_tiles = num_experts * num_groups
-    num_tiles *= triton.cdiv(num_outputs, tile["BLOCK_M"]) * triton.cdiv(group_inputs, tile["BLOCK_N"])
+    num_experts, num_outputs, num_inputs = out_EOI.shape
+    tile = tile or WIDE_TILE
+    num_tiles = num_experts * triton.cdiv(num_outputs, tile["BLOCK_M"]) * triton.cdiv(num_inputs, tile["BLOCK_N"])
     if not num_tiles:
         return
-    num_programs = min(num_tiles, _num_processors(a_GOP.device) * programs_per_processor)
+    num_programs = min(num_tiles, num_processors(a_OP.device) * programs_per_processor)
     _grouped_outer_kernel[(num_programs,)](
-        a_GOP,
+        a_OP,
         b_IP,
-        a_scale_GCO,
+        a_scale_EO,
         out_EOI,
         padded_ends_E,
         num_experts,
-        num_groups,
-        a_scale_GCO.shape[1],
         num_outputs,
-        group_inputs,
-        num_columns,
-        block_rows,
-        ONE_CHUNK=is_one_chunk,
-        SUM_DTYPE=_sum_dtype(a_GOP),
+        num_inputs,
+        a_OP.shape[1],
         PADDING=PADDING,
         TILES_PER_STRIP=TILES_PER_STRIP,
         enable_fp_fusion=False,

@@ -1,13 +1,12 @@
 """Products of integer activation codes with ternary weight codes, and their 8-bit backward."""
 
 from bitmoe_kernels.ternary_gemm.backward import QuantizedGrad, input_grad, quantize_grad, weight_grad
-from bitmoe_kernels.ternary_gemm.op import code_matmul, k_major_codes, scaled_code_matmul, transpose_codes
+from bitmoe_kernels.ternary_gemm.op import code_matmul, scaled_code_matmul, transpose_codes
 
 __all__ = [
     "QuantizedGrad",
     "code_matmul",
     "input_grad",
-    "k_major_codes",
     "quantize_grad",
     "scaled_code_matmul",
     "transpose_codes",

@@ -10,7 +10,6 @@ import torch
 from bitmoe_kernels.ternary_gemm.float8_matmul import float8_matmul
 from bitmoe_kernels.ternary_gemm.reference import (
     PADDING,
-    k_major_codes_reference,
     pad_last,
     padded_length,
     scaled_code_matmul_reference,
@@ -65,8 +64,8 @@ def scaled_code_matmul(
 ) -> torch.Tensor:
     """Forward of a ternary linear in one kernel: exact product of codes, scales in its epilogue (README eq. 1).
 
-    int8 codes give the reference's bits on every device. e4m3 codes (INT4 or FP4 activations, see
-    :func:`k_major_codes`) have exact sums too, and may differ in the last bit of the output.
+    int8 codes give the reference's bits on every device. e4m3 codes (INT4 or FP4 activations) have exact sums too, and
+    may differ in the last bit of the output.
     Groups are added in order, each scaled by itself; ``run.deterministic`` layouts need a tree over groups
     instead: multiply them one by one with :func:`code_matmul`. On a GPU, groups whose size is no multiple of 16 are
     copied into padded storage first.
@@ -108,14 +107,8 @@ def scaled_code_matmul(
 
     y_TO = x_codes_TI.new_empty(num_tokens, num_outputs, dtype=out_dtype)
     x_codes_TI, w_codes_OI = (padded_groups(codes, num_groups) for codes in (x_codes_TI, w_codes_OI))
-    triton_kernels.scaled_int8_matmul(
-        x_codes_TI[None],
-        x_scale_TG[None],
-        w_codes_OI[None],
-        w_scale_OG,
-        x_codes_TI.shape[1] // num_groups,
-        y_TO[None],
-    )
+    group_size = x_codes_TI.shape[1] // num_groups
+    triton_kernels.scaled_int8_matmul(x_codes_TI, x_scale_TG, w_codes_OI, w_scale_OG, group_size, y_TO)
     return y_TO
 
 
@@ -171,37 +164,3 @@ def transpose_codes(codes_RC: torch.Tensor) -> torch.Tensor:
     columns_CP = codes_RC.new_empty(codes_RC.shape[1], padded_length(len(codes_RC)))
     triton_kernels.transpose_codes(rows_contiguous(codes_RC).view(torch.int8), columns_CP.view(torch.int8))
     return columns_CP
-
-
-@torch.no_grad()
-def k_major_codes(
-    codes_RC: torch.Tensor, row_dtype: torch.dtype, column_dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Write codes in both layouts that 8-bit products need, with the contracted dimension contiguous, in one read.
-
-    Of activations, the rows enter the forward and the columns the weight gradient; of weights, the rows enter the
-    forward and the columns the input gradient.
-
-    Args:
-        codes_RC: int8 [R, C]; for e4m3, magnitudes up to 16 or one of 18, 20, ... (all 4-bit and ternary codes are).
-        row_dtype: int8 (then the input itself is returned) or e4m3.
-        column_dtype: int8 or e4m3.
-
-    Returns:
-        codes [R, C] and transposed codes [C, P], P = R rounded up to 16, padded with zeros.
-
-    Raises:
-        TypeError: codes that are not int8, or another type asked for.
-    """
-    if codes_RC.dtype != torch.int8 or {row_dtype, column_dtype} - set(CODE_DTYPES):
-        raise TypeError(f"int8 codes become int8 or float8_e4m3fn, got {codes_RC.dtype} to {row_dtype}, {column_dtype}")
-    check_codes(codes_RC)
-    if not codes_RC.is_cuda:
-        return k_major_codes_reference(codes_RC, row_dtype, column_dtype)
-    from bitmoe_kernels.ternary_gemm import triton_kernels
-
-    num_rows, num_columns = codes_RC.shape
-    columns_CP = codes_RC.new_empty(num_columns, padded_length(num_rows), dtype=column_dtype)
-    rows_RC = codes_RC.new_empty(num_rows, num_columns, dtype=row_dtype) if row_dtype != torch.int8 else None
-    triton_kernels.k_major_codes(rows_contiguous(codes_RC), rows_RC, columns_CP)
-    return codes_RC if rows_RC is None else rows_RC, columns_CP

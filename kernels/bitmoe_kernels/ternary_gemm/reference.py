@@ -9,11 +9,11 @@ import torch
 
 # Shapes: B = batch (any leading dims), T = tokens, P = T padded with zeros to PADDING, K = contracted features,
 #         N = output features of a product, I = inputs, O = outputs of the linear, G = groups of input features,
-#         C = blocks of tokens, R x C = any code matrix.
+#         R x C = any code matrix.
 
 PADDING = 16
 MIN_ABSMAX = 1e-30
-LEVELS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+E4M3_LEVELS = 448.0
 
 
 def code_matmul_reference(x_BTK: torch.Tensor, w_BNK: torch.Tensor) -> torch.Tensor:
@@ -59,45 +59,33 @@ def padded_length(length: int) -> int:
     return -(-length // PADDING) * PADDING
 
 
-def k_major_codes_reference(
-    codes_RC: torch.Tensor, row_dtype: torch.dtype, column_dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes [R, C] in ``row_dtype`` and, transposed and padded with zeros, [C, P] in ``column_dtype``."""
-    return codes_RC.to(row_dtype), pad_last(codes_RC.T, padded_length(len(codes_RC))).contiguous().to(column_dtype)
-
-
 def transpose_codes_reference(codes_RC: torch.Tensor) -> torch.Tensor:
     """Transposed codes [C, P], padded with zeros."""
     byte_view = codes_RC.view(torch.int8)
     return pad_last(byte_view.T, padded_length(len(codes_RC))).contiguous().view(codes_RC.dtype)
 
 
-def quantize_grad_reference(
-    dy_TO: torch.Tensor,
-    x_scale_TG: torch.Tensor,
-    w_scale_O: torch.Tensor | None,
-    column_dtype: torch.dtype,
-    block_tokens: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """README eq. 2 and 3: e4m3 rows [T, O], scale [T, 1]; columns [G, O, P], scale [G, O, C]."""
+def quantize_rows_reference(dy_TO: torch.Tensor, w_scale_O: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """README eq. 2: e4m3 rows [T, O] and scale [T, 1]."""
     dy_TO = dy_TO.float()
-    rows_TO, row_scale_T1 = _round(dy_TO if w_scale_O is None else dy_TO * w_scale_O, torch.float8_e4m3fn)
-    num_tokens = len(dy_TO)
-    num_blocks = -(-num_tokens // block_tokens)
-    columns_GOT = (dy_TO * x_scale_TG.T.unsqueeze(-1)).transpose(1, 2)
-    blocks_GOCt = pad_last(columns_GOT, num_blocks * block_tokens).unflatten(-1, (num_blocks, block_tokens))
-    codes_GOCt, scale_GOC1 = _round(blocks_GOCt, column_dtype)
-    columns_GOP = pad_last(codes_GOCt.flatten(-2)[..., :num_tokens], padded_length(num_tokens))
-    return rows_TO, row_scale_T1, columns_GOP.contiguous(), scale_GOC1.squeeze(-1)
+    return _round(dy_TO if w_scale_O is None else dy_TO * w_scale_O)
 
 
-def _round(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_columns_reference(dy_TO: torch.Tensor, x_scale_T1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """README eq. 3: e4m3 columns [O, P] and scale [O, 1]."""
+    num_padded = padded_length(len(dy_TO))
+    # A zero moves no maximum, and there is one of no token.
+    codes, scale_O1 = _round(pad_last((dy_TO.float() * x_scale_T1).T, max(num_padded, 1)))
+    return codes[:, :num_padded], scale_O1
+
+
+def _round(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and scale [..., 1] of the last dimension by largest magnitude; NaN and codes 0 where that is not finite."""
     absmax = x.abs().amax(-1, keepdim=True).clamp(min=MIN_ABSMAX)
-    levels = torch.full_like(absmax, LEVELS[dtype])
+    levels = torch.full_like(absmax, E4M3_LEVELS)
     codes = torch.where(absmax.isfinite(), x * (levels / absmax), 0.0)
     scale = (absmax / levels).masked_fill(~absmax.isfinite(), float("nan"))
-    return (codes.round() if dtype == torch.int8 else codes).to(dtype), scale
+    return codes.to(torch.float8_e4m3fn), scale
 
 
 def pad_last(x: torch.Tensor, length: int) -> torch.Tensor:
@@ -112,23 +100,3 @@ def float8_matmul_reference(
 ) -> torch.Tensor:
     """(a @ b^T * a_scale) * b_scale as bf16 [M, N], with float32 sums."""
     return (a_MK.float() @ b_NK.float().T * a_scale_M1 * b_scale_N).bfloat16()
-
-
-def weight_grad_reference(
-    columns_GOP: torch.Tensor, column_scale_GOC: torch.Tensor, block_tokens: int, x_codes_IP: torch.Tensor
-) -> torch.Tensor:
-    """README eq. 5: dW bf16 [O, I], blocks of tokens added in order."""
-    parts = []
-    num_tokens = columns_GOP.shape[2]
-    blocks = [block_tokens] * (num_tokens // block_tokens)
-    blocks += [num_tokens % block_tokens] * bool(num_tokens % block_tokens)
-    for columns_OP, scale_OC, x_iP in zip(
-        columns_GOP.float(), column_scale_GOC, x_codes_IP.float().chunk(len(columns_GOP)), strict=True
-    ):
-        total = columns_OP.new_zeros(len(columns_OP), len(x_iP))
-        for columns, scale_O, x in zip(
-            columns_OP.split(blocks, 1), scale_OC.unbind(1), x_iP.split(blocks, 1), strict=True
-        ):
-            total += (columns @ x.T) * scale_O[:, None]
-        parts.append(total.bfloat16())
-    return torch.cat(parts, dim=1)
