@@ -164,7 +164,7 @@ def _scale(axis: Axes, panel: _Panel, positive: bool) -> None:
     """Scale and label the value axis of a panel; logarithms need positive values."""
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
     if panel.percent:
-        axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     if panel.log and positive:
         axis.set_yscale("log")
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
