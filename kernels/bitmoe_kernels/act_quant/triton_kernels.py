@@ -27,7 +27,7 @@ ROUNDING = tl.constexpr(1.5 * 2**23)
 # Ratios are computed times this power of 2, so that the low part of a reciprocal keeps its bits for the largest scales.
 _UNIT = tl.constexpr(2.0**32)
 _MIN_MAGNITUDE = tl.constexpr(MIN_MAGNITUDE)
-_IS_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+IS_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 FORMAT_LEVELS = {"int4": math.sqrt(7), "int8": 127.0, "fp4": 12.0}
 
 
@@ -101,7 +101,7 @@ def tile_offsets(num_rows, NUM_FEATURES: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 @triton.jit
 def to_float32(x):
     """``x`` in fp32, at one instruction a bf16 number (Triton's own conversion takes 1.5)."""
-    if x.dtype == tl.bfloat16 and not _IS_INTERPRETED:
+    if x.dtype == tl.bfloat16 and not IS_INTERPRETED:
         wide = tl.inline_asm_elementwise(
             "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], dtype=tl.float32, is_pure=True, pack=2
         )
@@ -116,7 +116,7 @@ def round_to(x, dtype: tl.constexpr):
 
     To 16 bits two numbers at a time: the conversion of one runs at 1/8 of the speed (sm_90).
     """
-    if _IS_INTERPRETED:
+    if IS_INTERPRETED:
         if dtype == tl.bfloat16:
             # Triton's interpreter cuts bf16 off (seen in 3.6 and 3.9): round the bits before it does.
             bits = x.to(tl.uint32, bitcast=True)
@@ -177,13 +177,13 @@ def finite_row_codes(x, scale, FORMAT: tl.constexpr, IS_FLOAT8: tl.constexpr, NU
     # For int8 the largest ratio is 127 and a rounding error: nothing to clip. For int4 it is sqrt(7) * NUM_FEATURES:
     # codes of short rows fit into 16 bits, where two are clipped at a time.
     is_short: tl.constexpr = NUM_FEATURES is not None and NUM_FEATURES <= 12000
-    clips_pairs: tl.constexpr = is_short and not IS_FLOAT8 and not _IS_INTERPRETED
+    clips_pairs: tl.constexpr = is_short and not IS_FLOAT8 and not IS_INTERPRETED
     if FORMAT == "int4" and not clips_pairs:
         ratio = tl.minimum(tl.maximum(ratio, -8 * _UNIT), 7 * _UNIT)
     rounded = ratio + ROUNDING * _UNIT
     if IS_FLOAT8:
         # Exact: the codes of the ratios, as numbers.
-        codes = _float8_bytes(_fma(rounded, tl.full(x.shape, 1 / _UNIT, tl.float32), -ROUNDING))
+        codes = float8_bytes(_fma(rounded, tl.full(x.shape, 1 / _UNIT, tl.float32), -ROUNDING))
     elif FORMAT == "int4" and clips_pairs:
         codes = tl.inline_asm_elementwise(
             """{
@@ -210,12 +210,12 @@ def finite_row_codes(x, scale, FORMAT: tl.constexpr, IS_FLOAT8: tl.constexpr, NU
 
 
 @triton.jit
-def _float8_bytes(codes):
+def float8_bytes(codes):
     """The e4m3 bytes, as int8, of codes fp32 that e4m3 holds exactly.
 
     Not by Triton's conversion: Triton 3.6 loses half of the numbers where one tile is converted twice (H200).
     """
-    if _IS_INTERPRETED:
+    if IS_INTERPRETED:
         # 2^-120 makes the exponents of fp32 those of e4m3.
         bits = (codes * 2.0**-120).to(tl.int32, bitcast=True)
         return (((bits >> 24) & ~0x7F) | ((bits >> 20) & 0x7F)).to(tl.int8)
@@ -274,7 +274,7 @@ def _row_ratios(x, scale):
 @triton.jit
 def _fma(x, y, z):
     """x * y + z in fp32, rounded once."""
-    if _IS_INTERPRETED:
+    if IS_INTERPRETED:
         # Triton's interpreter rounds the product too. In fp64 it is exact.
         return (x.to(tl.float64) * y.to(tl.float64) + z).to(tl.float32)
     return tl.fma(x, y, z)

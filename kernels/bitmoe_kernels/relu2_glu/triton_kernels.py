@@ -18,9 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
-from bitmoe_kernels.act_quant.triton_kernels import FORMAT_LEVELS, row_codes, row_scales
+from bitmoe_kernels.act_quant.triton_kernels import FORMAT_LEVELS, IS_INTERPRETED, row_codes, row_scales
 
-_IS_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _WARPS_IN_FLIGHT = 2112
 """Warps of a backward launch: 16, with 128 registers a thread, on each of an H200's 132 processors, in one wave. More
 and smaller blocks of tokens would write more partial sums: 4 bytes a feature and block, beside 10 a feature and token.
@@ -353,7 +352,7 @@ def _store_piece(row_ptrs, x, piece: tl.constexpr, NUM_FEATURES: tl.constexpr, B
 @triton.jit
 def _round_to(x, dtype: tl.constexpr):
     """fp32 ``x`` rounded half to even to ``dtype``, as ``x.to(dtype)`` is on a GPU."""
-    if dtype == tl.bfloat16 and _IS_INTERPRETED:
+    if dtype == tl.bfloat16 and IS_INTERPRETED:
         # Triton's interpreter cuts bf16 off instead (seen in 3.6 and 3.9): round the bits before it does.
         bits = x.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
@@ -364,7 +363,7 @@ def _round_to(x, dtype: tl.constexpr):
 @triton.jit
 def _round_pairs_to(x, dtype: tl.constexpr):
     """The same, two numbers an instruction for bf16: Triton's own goes one by one, at an eighth of Hopper's rate."""
-    if dtype == tl.bfloat16 and not _IS_INTERPRETED:
+    if dtype == tl.bfloat16 and not IS_INTERPRETED:
         asm: tl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;"
         return tl.inline_asm_elementwise(asm, "=r,r,r", [x], dtype=tl.bfloat16, is_pure=True, pack=2)
     else:
@@ -374,7 +373,7 @@ def _round_pairs_to(x, dtype: tl.constexpr):
 @triton.jit
 def _rounded(x, dtype: tl.constexpr):
     """The same, as fp32."""
-    if dtype == tl.bfloat16 and not _IS_INTERPRETED:
+    if dtype == tl.bfloat16 and not IS_INTERPRETED:
         asm: tl.constexpr = (
             "{ .reg .b32 pair; cvt.rn.bf16x2.f32 pair, $3, $2; shl.b32 $0, pair, 16; and.b32 $1, pair, 0xFFFF0000; }"
         )

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 
 from bitmoe_kernels.act_quant.triton_kernels import (
-    _IS_INTERPRETED,
-    _float8_bytes,
+    IS_INTERPRETED,
+    float8_bytes,
     row_tile,
     store_row_codes,
     tile_offsets,
@@ -49,13 +49,13 @@ def e4m3_scale(absmax):
 @triton.jit
 def e4m3_bytes(x):
     """The bytes, as int8, of fp32 ``x`` rounded half to even to e4m3; NaN has no meaning."""
-    if _IS_INTERPRETED:
+    if IS_INTERPRETED:
         # A sum without bits below the last place of e4m3: 2**-3 of the power of 2 below |x|, 2**-9 at least.
         bits = x.to(tl.int32, bitcast=True)
         rounding = tl.maximum((bits & 0x7F800000).to(tl.float32, bitcast=True), 2.0**-6) * (1.5 * 2.0**20)
         rounded = tl.abs((x + rounding) - rounding)
         x = (rounded.to(tl.int32, bitcast=True) | ((bits >> 31) << 31)).to(tl.float32, bitcast=True)
-    return _float8_bytes(x)
+    return float8_bytes(x)
 
 
 @triton.jit
