@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from bitmoe_kernels.relu2_glu import relu2_glu_quantize, relu2_glu_quantize_backward
+from bitmoe_kernels.relu2_glu.reference import relu2_glu_reference
 
 EPS = 1e-5
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -49,19 +50,23 @@ def inputs(num_tokens, num_features, dtype, groups=1, counts=None):
 
 
 def autograd(dy_TF, gate_up, gain, rstd_TG, expert_R):
-    """Gradients of gate_up and gain in fp64; values are rounded where the forward rounds them."""
+    """Gradients of gate_up and gain in fp64, at the very values that the forward rounded its steps to."""
 
-    def rounded(x):
-        return x + (x.to(gate_up.dtype).double() - x).detach()
+    def with_value(x64, value):
+        return x64 + (value.double() - x64).detach()
 
     gate_up64 = gate_up.double().requires_grad_()
     gate_TF, up_TF = gate_up64.chunk(2, dim=-1)
-    y_TF = rounded(gate_TF.relu() ** 2 * up_TF)
+    h_TF = relu2_glu_reference(*gate_up.chunk(2, dim=-1))
+    y_TF = with_value(gate_TF.relu() ** 2 * up_TF, h_TF)
     gain64 = None
     if gain is not None:
-        h_TGd, gain64 = y_TF.unflatten(-1, (rstd_TG.shape[-1], -1)), gain.double().requires_grad_()
-        unit_TF = (h_TGd * torch.rsqrt(h_TGd.square().mean(-1, keepdim=True) + EPS)).flatten(-2)
-        y_TF = rounded(unit_TF) * (gain64 if expert_R is None else gain64[expert_R.long()])
+        y_TGd, gain64 = y_TF.unflatten(-1, (rstd_TG.shape[-1], -1)), gain.double().requires_grad_()
+        unit_TF = (y_TGd * torch.rsqrt(y_TGd.square().mean(-1, keepdim=True) + EPS)).flatten(-2)
+        h_TGd = h_TF.to(rstd_TG.dtype).unflatten(-1, (rstd_TG.shape[-1], -1))
+        unit_value_TF = (h_TGd * rstd_TG[..., None]).flatten(-2)
+        unit_TF = with_value(unit_TF, unit_value_TF.to(h_TF.dtype))
+        y_TF = unit_TF * (gain64 if expert_R is None else gain64[expert_R.long()])
     y_TF.backward(dy_TF.double())
     return gate_up64.grad, None if gain64 is None else gain64.grad
 
