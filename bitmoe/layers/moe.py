@@ -7,7 +7,7 @@ from bitmoe.layers.context import LayerContext
 from bitmoe.layers.dispatch import make_dispatch
 from bitmoe.layers.experts import RoutedExperts
 from bitmoe.layers.feed_forward import FeedForward
-from bitmoe.layers.quantize_input import flat_tokens, quantize_rows
+from bitmoe.layers.quantize_input import Quantized, flat_tokens
 from bitmoe.layers.router import Router
 from bitmoe.layers.router_statistics import RouterStatistics
 from bitmoe.layers.sharding import ShardedParameters
@@ -43,13 +43,17 @@ class MoELayer(torch.nn.Module, ShardedParameters):
         self.layer_number = layer_number
         self.router.set_layer_number(layer_number)
 
-    def forward(self, x_SBH: torch.Tensor) -> torch.Tensor:
-        """[S, B, H] to the same shape."""
+    def forward(self, x_SBH: torch.Tensor, quantized: Quantized | None = None) -> torch.Tensor:
+        """[S, B, H] to the same shape.
+
+        Args:
+            x_SBH: normalized residual stream, which the router multiplies.
+            quantized: its codes, for routed and shared experts alike; None where weights are not quantized.
+        """
         probs_TE, routing_map_TE = self.router(x_SBH)
         if self.policy.statistics.recording:
             self.statistics.add(self.router.last_logits_TE, routing_map_TE)
-        # Routed and shared experts read the same codes.
-        x = quantize_rows(x_SBH, "gate_up", self.policy) if self.policy.is_ternary else x_SBH
+        x = x_SBH if quantized is None else quantized
         dispatch = make_dispatch(self.dispatcher, routing_map_TE)
         y_RH = self.experts(flat_tokens(x), dispatch)
         y_SBH = dispatch.combine(y_RH, probs_TE).view_as(x_SBH)

@@ -70,8 +70,16 @@ def normalize_rows(x_TD: torch.Tensor, norm: RMSNorm, role: str, policy: QuantPo
         ``x_TD`` for the residual stream (use it, not the argument: both gradients then meet in one kernel), and the
         quantized normalized rows.
     """
-    residual_TD, *quantized = _NormQuantize.apply(x_TD, norm.weight, norm.eps, role, policy)
+    residual_TD, *quantized = _NormQuantize.apply(x_TD, norm.weight, norm.eps, role, policy, False)
     return residual_TD, Quantized(*quantized)
+
+
+def normalize_rows_for_router(
+    x_TD: torch.Tensor, norm: RMSNorm, role: str, policy: QuantPolicy
+) -> tuple[torch.Tensor, torch.Tensor, Quantized]:
+    """The same, with the normalized rows themselves, which a router multiplies, in second place."""
+    residual_TD, y_TD, *quantized = _NormQuantize.apply(x_TD, norm.weight, norm.eps, role, policy, True)
+    return residual_TD, y_TD, Quantized(*quantized)
 
 
 def normalize_groups(
@@ -159,25 +167,29 @@ class _Quantize(torch.autograd.Function):
 
 
 class _NormQuantize(torch.autograd.Function):
-    """x, and codes of its RMSNorm; the gradient of both uses of x is added in the norm's backward."""
+    """x, its RMSNorm where asked for, and codes of that; the gradients of all uses of x meet in the norm's backward."""
 
     @staticmethod
-    def forward(ctx, x_TD, gain_D, eps, role, policy):
+    def forward(ctx, x_TD, gain_D, eps, role, policy, with_normalized):
         act_format = policy.act_format(role)
         code_dtype = row_code_dtype(x_TD, act_format)
-        codes_TD, scale_T1, rstd_T1 = rms_norm_quantize(x_TD, gain_D, eps, act_format.value, code_dtype)
+        codes_TD, scale_T1, rstd_T1, *y_TD = rms_norm_quantize(
+            x_TD, gain_D, eps, act_format.value, code_dtype, with_normalized
+        )
         policy.statistics.add_activations(role, codes_TD, act_format)
         ctx.save_for_backward(x_TD, gain_D, rstd_T1)
         _without_code_gradients(ctx, codes_TD, scale_T1)
-        return x_TD.view_as(x_TD), _stand_in(x_TD, x_TD.shape), codes_TD, scale_T1
+        return x_TD.view_as(x_TD), *y_TD, _stand_in(x_TD, x_TD.shape), codes_TD, scale_T1
 
     @staticmethod
-    def backward(ctx, grad_residual_TD, grad_TD, *unused):
-        if grad_TD is None:
-            return grad_residual_TD, *[None] * 4
+    def backward(ctx, grad_residual_TD, *grads):
+        # Of the normalized rows and of the carrier; codes and scales have none.
+        grads = [grad for grad in grads if grad is not None]
+        if not grads:
+            return grad_residual_TD, *[None] * 5
         x_TD, gain_D, rstd_T1 = ctx.saved_tensors
-        grad_x_TD, grad_gain_D = rms_norm_backward(grad_TD, x_TD, gain_D, rstd_T1, grad_residual_TD)
-        return grad_x_TD, grad_gain_D.to(gain_D.dtype), *[None] * 3
+        grad_x_TD, grad_gain_D = rms_norm_backward(sum(grads[1:], grads[0]), x_TD, gain_D, rstd_T1, grad_residual_TD)
+        return grad_x_TD, grad_gain_D.to(gain_D.dtype), *[None] * 4
 
 
 class _SubNormQuantize(torch.autograd.Function):

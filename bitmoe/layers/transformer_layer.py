@@ -12,7 +12,7 @@ from bitmoe.layers.context import LayerContext
 from bitmoe.layers.feed_forward import FeedForward
 from bitmoe.layers.moe import MoELayer
 from bitmoe.layers.norm import RMSNorm
-from bitmoe.layers.quantize_input import Quantized, normalize_rows
+from bitmoe.layers.quantize_input import Quantized, normalize_rows, normalize_rows_for_router
 from bitmoe.layers.sharding import ShardedParameters
 
 # Shapes: S = sequence (this rank's slice under sequence parallelism), B = batch, H = hidden.
@@ -51,9 +51,16 @@ class TransformerLayer(torch.nn.Module, BaseTransformerLayer, ShardedParameters)
         residual_SBH, x_SBH = self._normalized(hidden_states, self.input_layernorm, "qkv")
         residual_SBH = residual_SBH + self.self_attention(x_SBH, rotary_pos_emb)
         if isinstance(self.mlp, MoELayer):
-            return residual_SBH + self.mlp(self.pre_mlp_layernorm(residual_SBH)), context
+            return self._with_experts(residual_SBH), context
         residual_SBH, x_SBH = self._normalized(residual_SBH, self.pre_mlp_layernorm, "gate_up")
         return residual_SBH + self.mlp(x_SBH), context
+
+    def _with_experts(self, x_SBH: torch.Tensor) -> torch.Tensor:
+        norm = self.pre_mlp_layernorm
+        if not self.policy.is_ternary:
+            return x_SBH + self.mlp(norm(x_SBH))
+        x_SBH, *normalized = normalize_rows_for_router(x_SBH, norm, "gate_up", self.policy)
+        return x_SBH + self.mlp(*normalized)
 
     def _normalized(
         self, x_SBH: torch.Tensor, norm: RMSNorm, role: str

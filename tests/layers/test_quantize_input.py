@@ -10,6 +10,7 @@ from bitmoe.layers.quantize_input import (
     flat_tokens,
     normalize_groups,
     normalize_rows,
+    normalize_rows_for_router,
     quantize_groups,
     quantize_rows,
 )
@@ -118,6 +119,19 @@ def test_normalize_rows_adds_the_gradient_of_the_residual_stream():
     grads = [randn(*x.shape, seed=seed) for seed in (2, 3)]
     torch.autograd.backward([residual * 3, quantized.carrier_TD], grads)
     torch.autograd.backward([wanted * 3, straight_through(rms_norm(wanted, wanted_gain), ActFormat.int8)], grads)
+    torch.testing.assert_close((got.grad, norm.weight.grad), (wanted.grad, wanted_gain.grad))
+
+
+def test_normalize_rows_for_router_adds_all_three_gradients():
+    x, gain = randn(SEQUENCE, BATCH, FEATURES), 1 + 0.2 * randn(FEATURES, seed=1)
+    (got,), (wanted, wanted_gain) = leaves(x), leaves(x, gain)
+    norm = make_norm(gain)
+    residual, y, quantized = normalize_rows_for_router(got, norm, "gate_up", make_policy(ActFormat.int4))
+    wanted_y = rms_norm(wanted, wanted_gain)
+    torch.testing.assert_close(y, wanted_y)
+    grads = [randn(*x.shape, seed=seed) for seed in (2, 3, 4)]
+    torch.autograd.backward([residual, y, quantized.carrier_TD], grads)
+    torch.autograd.backward([wanted, wanted_y, straight_through(wanted_y, ActFormat.int4)], grads)
     torch.testing.assert_close((got.grad, norm.weight.grad), (wanted.grad, wanted_gain.grad))
 
 
