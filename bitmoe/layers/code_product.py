@@ -19,7 +19,7 @@ from bitmoe_kernels.ternary_gemm import (
     weight_grad,
 )
 
-# Shapes: T = tokens, I = inputs, O = outputs, P = O padded, G = groups of inputs.
+# Shapes: T = tokens, I = inputs, O = outputs, G = groups of inputs.
 
 
 def scaled_product(

@@ -1,10 +1,8 @@
 """Public entries of the grouped products, for rows sorted by expert.
 
 Codes of 8 bits with scales multiply on INT8 or FP8 tensor cores (``ends_E`` on the device, no size known to the host).
-Floating-point products, and codes where there are no such tensor cores, take torch's grouped kernel on GPUs and the
-loop over experts elsewhere. ``torch._grouped_mm`` takes bfloat16 only and rounds its result to bfloat16, so it serves
-bfloat16 models; there a sum of codes is rounded once (2**-9 relative) before its scales, where the float32 path keeps
-it exact.
+Floating-point products take torch's grouped kernel on GPUs, for bfloat16 only, and the loop over experts elsewhere,
+which waits for a GPU to learn the ends. Sums of codes without scales take that loop in fp32, where they are exact.
 """
 
 import torch
@@ -59,26 +57,23 @@ def grouped_outer(x_RK: torch.Tensor, y_RN: torch.Tensor, ends_E: torch.Tensor) 
     return grouped_outer_reference(x_RK, y_RN, ends_E)
 
 
-def grouped_code_matmul(
-    x_RK: torch.Tensor, w_ENK: torch.Tensor, ends_E: torch.Tensor, dtype: torch.dtype = torch.float32
-) -> torch.Tensor:
+def grouped_code_matmul(x_RK: torch.Tensor, w_ENK: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
     """Multiply each expert's activation codes with its ternary codes.
 
     Args:
         x_RK: activation codes sorted by expert, int8 [R, K].
         w_ENK: weight codes in {-1, 0, 1}, int8 [E, N, K].
         ends_E: int32 [E], where each expert's rows end; the last is R.
-        dtype: float32 for exact sums; bfloat16 rounds each sum once and uses the GPU's grouped kernel.
 
     Returns:
-        The integer sums, [R, N] in ``dtype``.
+        The integer sums as float32, [R, N].
 
     Raises:
         TypeError: codes that are not int8.
     """
     if x_RK.dtype != torch.int8 or w_ENK.dtype != torch.int8:
         raise TypeError(f"codes must be int8, got {x_RK.dtype} and {w_ENK.dtype}")
-    return grouped_matmul(x_RK.to(dtype), w_ENK.to(dtype).transpose(1, 2), ends_E)
+    return grouped_matmul(x_RK.float(), w_ENK.float().transpose(1, 2), ends_E)
 
 
 def check_ends(ends_E: torch.Tensor) -> None:
