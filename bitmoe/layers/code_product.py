@@ -3,21 +3,15 @@
 Forward: exact integer products, scales after. Backward (straight-through, BitNet a4.8 section 3): the input's gradient
 is dY times the dequantized ternary weight, dense and unmasked; the weight's gradient is dY^T times the dequantized
 input; scales get none. With ``quant.backward = 8bit`` dY is rounded to e4m3 for the input's gradient and, where the
-input's codes are e4m3 (4-bit ones), for the weight's; with INT8 inputs that stays as it is. Codes are exact always.
+input's codes are e4m3 (4-bit ones), for the weight's; with INT8 inputs that stays as it is.
 """
 
 import torch
 
 from bitmoe.layers.collectives import tree_sum
 from bitmoe.quant.ternary_codes import WeightOperands
-from bitmoe_kernels.ternary_gemm import (
-    code_matmul,
-    input_grad,
-    quantize_grad,
-    scaled_code_matmul,
-    transpose_codes,
-    weight_grad,
-)
+from bitmoe_kernels.act_quant import dequantize
+from bitmoe_kernels.ternary_gemm import code_matmul, input_grad, quantize_grad, scaled_code_matmul, weight_grad
 
 # Shapes: T = tokens, I = inputs, O = outputs, G = groups of inputs.
 
@@ -66,14 +60,14 @@ def gradients(
     """
     dtype = dy_TO.dtype
     if weight.columns is None:
-        return _input_gradient(dy_TO, weight, is_column), _weight_gradient(dy_TO, x_codes_TI, x_scale_TG)
+        return _input_gradient(dy_TO, weight, is_column), dy_TO.T @ dequantize(x_codes_TI, x_scale_TG, dtype)
     w_scale_O, w_scale_G = (weight.scale, None) if is_column else (None, weight.scale)
     if x_codes_TI.dtype == torch.int8:
         dx_TI = input_grad(quantize_grad(dy_TO, w_scale_O), weight.columns, w_scale_G)
-        return dx_TI.to(dtype), _weight_gradient(dy_TO, x_codes_TI, x_scale_TG)
+        return dx_TI.to(dtype), dy_TO.T @ dequantize(x_codes_TI, x_scale_TG, dtype)
     grad = quantize_grad(dy_TO, w_scale_O, x_scale_TG)
     dx_TI = input_grad(grad, weight.columns, w_scale_G)
-    return dx_TI.to(dtype), weight_grad(grad, transpose_codes(x_codes_TI)).to(dtype)
+    return dx_TI.to(dtype), weight_grad(grad, x_codes_TI, w_scale_O).to(dtype)
 
 
 def _input_gradient(dy_TO: torch.Tensor, weight: WeightOperands, is_column: bool) -> torch.Tensor:
@@ -81,13 +75,6 @@ def _input_gradient(dy_TO: torch.Tensor, weight: WeightOperands, is_column: bool
     if is_column:
         return scaled(dy_TO, weight.scale) @ w_OI
     return scaled((dy_TO @ w_OI).unflatten(-1, (len(weight.scale), -1)), weight.scale[:, None]).flatten(-2)
-
-
-def _weight_gradient(dy_TO: torch.Tensor, x_codes_TI: torch.Tensor, x_scale_TG: torch.Tensor) -> torch.Tensor:
-    """Each group's token scale is folded into dY."""
-    x_codes = x_codes_TI.to(dy_TO.dtype).chunk(x_scale_TG.shape[1], 1)
-    parts = [scaled(dy_TO, scale).T @ codes for scale, codes in zip(x_scale_TG.split(1, 1), x_codes, strict=True)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def scaled(grad: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ import torch
 from bitmoe.layers.code_product import scaled
 from bitmoe.layers.collectives import tree_sum
 from bitmoe.quant.ternary_codes import WeightOperands
+from bitmoe_kernels.act_quant import dequantize
 from bitmoe_kernels.grouped_ternary_gemm import (
     grouped_code_matmul,
     grouped_input_grad,
@@ -12,7 +13,6 @@ from bitmoe_kernels.grouped_ternary_gemm import (
     grouped_outer,
     grouped_quantize_grad,
     grouped_scaled_code_matmul,
-    grouped_transpose_codes,
     grouped_weight_grad,
 )
 
@@ -67,14 +67,14 @@ def grouped_gradients(
     dtype, dy_RO = dy_RO.dtype, dy_RO.contiguous()
     if weight.columns is None:
         dx_RI = _input_gradient(dy_RO, weight, ends_E, expert_R, is_column)
-        return dx_RI, _weight_gradient(dy_RO, x_codes_RI, x_scale_RG, ends_E)
+        return dx_RI, grouped_outer(dy_RO, dequantize(x_codes_RI, x_scale_RG, dtype), ends_E)
     w_scale_EO, w_scale_EG = (weight.scale, None) if is_column else (None, weight.scale)
     if x_codes_RI.dtype == torch.int8:
         dx_RI = grouped_input_grad(grouped_quantize_grad(dy_RO, ends_E, w_scale_EO), weight.columns, w_scale_EG, ends_E)
-        return dx_RI.to(dtype), _weight_gradient(dy_RO, x_codes_RI, x_scale_RG, ends_E)
+        return dx_RI.to(dtype), grouped_outer(dy_RO, dequantize(x_codes_RI, x_scale_RG, dtype), ends_E)
     grad = grouped_quantize_grad(dy_RO, ends_E, w_scale_EO, x_scale_RG)
     dx_RI = grouped_input_grad(grad, weight.columns, w_scale_EG, ends_E)
-    dw_EOI = grouped_weight_grad(grad, grouped_transpose_codes(x_codes_RI, ends_E))
+    dw_EOI = grouped_weight_grad(grad, x_codes_RI, w_scale_EO, ends_E)
     return dx_RI.to(dtype), dw_EOI.to(dtype)
 
 
@@ -86,13 +86,3 @@ def _input_gradient(
     dx_RI = grouped_matmul(dy_RO, weight.rows.to(dy_RO.dtype), ends_E)
     w_scale_RG = weight.scale[expert_R]
     return scaled(dx_RI.unflatten(1, (w_scale_RG.shape[1], -1)), w_scale_RG[:, :, None]).flatten(1)
-
-
-def _weight_gradient(
-    dy_RO: torch.Tensor, x_codes_RI: torch.Tensor, x_scale_RG: torch.Tensor, ends_E: torch.Tensor
-) -> torch.Tensor:
-    """Each group's token scale is folded into dY."""
-    x_codes = x_codes_RI.to(dy_RO.dtype).chunk(x_scale_RG.shape[1], 1)
-    scales = x_scale_RG.split(1, 1)
-    parts = [grouped_outer(scaled(dy_RO, scale), x, ends_E) for scale, x in zip(scales, x_codes, strict=True)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)

@@ -20,18 +20,18 @@ from importlib.metadata import version
 from typing import NamedTuple
 
 import torch
-from linears import MIN_COSINE, bf16_weight_grad, commit, require, ternary_weight, time_stages
+from linears import MIN_COSINE, commit, require, ternary_weight, time_stages
 
-from bitmoe_kernels.act_quant import quantize_int4, quantize_int8
+from bitmoe_kernels.act_quant import dequantize, quantize_int4, quantize_int8
 from bitmoe_kernels.grouped_ternary_gemm import (
     grouped_input_grad,
     grouped_outer,
     grouped_quantize_grad,
     grouped_scaled_code_matmul,
-    grouped_transpose_codes,
     grouped_weight_grad,
 )
 from bitmoe_kernels.grouped_ternary_gemm.float8_matmul import BACKENDS
+from bitmoe_kernels.grouped_ternary_gemm.reference import grouped_transpose_codes_reference, padded_ends_reference
 from bitmoe_kernels.token_permute import RowPlan, permute, plan_rows
 from bitmoe_kernels.weight_quant import ternarize
 
@@ -105,12 +105,12 @@ def eight_bit_linear(name: str, plan, x, w_EOI, dy_RO, mark: Mark, backend: str 
     dx_RI = grouped_input_grad(grad, weight.columns, None if is_column else w_scale, ends_E)
     mark("dgrad product")
     if is_column:
-        x_columns = grouped_transpose_codes(x_codes, ends_E)
-        mark("operands of dw")
-        dw_EOI = grouped_weight_grad(grad, x_columns)
-        mark("wgrad product")
+        dw_EOI = grouped_weight_grad(grad, x_codes, w_scale, ends_E)
     else:
-        dw_EOI = bf16_weight_grad(dy_RO, x_codes, x_scale, partial(grouped_outer, ends_E=ends_E), mark)
+        x_dq_RI = dequantize(x_codes, x_scale, dy_RO.dtype)
+        mark("dequantize x")
+        dw_EOI = grouped_outer(dy_RO, x_dq_RI, ends_E)
+    mark("wgrad product")
     return y_RO, dx_RI, dw_EOI
 
 
@@ -154,7 +154,7 @@ def check_exactness(counts: tuple[int, ...] = (0, 300, 1, 0, 211)) -> None:
                 require(torch.equal(y, truth.bfloat16()), f"{backend} FP8 product of {what}, K={inputs} is not exact")
 
 
-def dequantize(codes: torch.Tensor, scale: torch.Tensor, dim: int) -> torch.Tensor:
+def exact_values(codes: torch.Tensor, scale: torch.Tensor, dim: int) -> torch.Tensor:
     """codes * scale in fp64, the last dimension of scale being equal blocks of ``dim``."""
     shape = [*scale.shape[:-1], *[1] * (codes.dim() - scale.dim()), scale.shape[-1], 1]
     blocks = codes.double().movedim(dim, -1).unflatten(-1, (scale.shape[-1], -1))
@@ -171,9 +171,9 @@ def check_gradients() -> dict[str, dict[str, float]]:
             _, dx, dw = eight_bit_linear(name, plan, x, w, dy, lambda stage: None, **options)
             groups = options.get("groups", 1)
             is_column = name == "gate_up"
-            x_dq = dequantize(*(quantize_int4(x) if is_column else quantize_int8(x, groups)), 1)
+            x_dq = exact_values(*(quantize_int4(x) if is_column else quantize_int8(x, groups)), 1)
             x_dq = x_dq[plan.source_R] if is_column else x_dq
-            w_dq = dequantize(*ternarize(w, 2), 1) if is_column else dequantize(*ternarize(w, groups, dim=1), 2)
+            w_dq = exact_values(*ternarize(w, 2), 1) if is_column else exact_values(*ternarize(w, groups, dim=1), 2)
             rows = [slice(*pair) for pair in zip(bounds[:-1], bounds[1:], strict=True)]
             true_dx = torch.cat([dy[row].double() @ w_dq[e] for e, row in enumerate(rows)])
             true_dw = torch.stack([dy[row].double().T @ x_dq[row] for row in rows])
@@ -228,9 +228,11 @@ def sweep_tiles() -> None:
         w_codes, w_scale = ternarize(w_EOI, 1, dim=1)
         w_scale_EO1 = w_scale[:, :, None].expand(-1, w_EOI.shape[1], 1)
         y_RO, dw_EOI = torch.empty_like(dy_RO), torch.empty_like(w_EOI)
-        grad = grouped_quantize_grad(dy_RO, plan.ends_E, None, x_scale)
-        x_columns = grouped_transpose_codes(x_codes.to(FLOAT8), plan.ends_E)
-        columns = (grad.columns_OP, grad.column_scale_EO, x_columns, grad.padded_ends_E, dw_EOI)
+        dy_columns, x_columns = (
+            grouped_transpose_codes_reference(x, plan.ends_E) for x in (dy_RO.to(FLOAT8), x_codes.to(FLOAT8))
+        )
+        ones = torch.ones(w_EOI.shape[:2], device="cuda")
+        columns = (dy_columns, ones, x_columns, padded_ends_reference(plan.ends_E), dw_EOI)
         for dtype in (torch.int8, FLOAT8):
             rows = (x_codes.to(dtype), x_scale, w_codes.to(dtype), w_scale_EO1, plan.ends_E, x_RI.shape[1], y_RO)
             products = {"rows": (triton_kernels.grouped_matmul, rows)}

@@ -22,8 +22,8 @@ from pathlib import Path
 
 import torch
 
-from bitmoe_kernels.act_quant import quantize_int4, quantize_int8
-from bitmoe_kernels.ternary_gemm import input_grad, quantize_grad, scaled_code_matmul, transpose_codes, weight_grad
+from bitmoe_kernels.act_quant import dequantize, quantize_int4, quantize_int8
+from bitmoe_kernels.ternary_gemm import input_grad, quantize_grad, scaled_code_matmul, weight_grad
 from bitmoe_kernels.weight_quant import TernaryOperands, absmean_scale, absmean_sums, ternarize, ternary_operands
 
 # Shapes: T = tokens, I = inputs, O = outputs, G = groups of inputs; "..." = no dimension, or experts.
@@ -75,27 +75,13 @@ def eight_bit_pass(name: str, x_TI, w_OI, dy_TO, mark: Mark, groups: int = 1):
     dx_TI = input_grad(grad, weight.columns, None if is_column else w_scale)
     mark("dgrad product")
     if is_column:
-        x_columns = transpose_codes(x_codes)
-        mark("operands of dw")
-        dw_OI = weight_grad(grad, x_columns)
-        mark("wgrad product")
+        dw_OI = weight_grad(grad, x_codes, w_scale)
     else:
-        dw_OI = bf16_weight_grad(dy_TO, x_codes, x_scale, lambda dy, x: dy.T @ x, mark)
+        x_dq_TI = dequantize(x_codes, x_scale, dy_TO.dtype)
+        mark("dequantize x")
+        dw_OI = dy_TO.T @ x_dq_TI
+    mark("wgrad product")
     return y_TO, dx_TI, dw_OI
-
-
-def bf16_weight_grad(dy_TO, x_codes_TI, x_scale_TG, outer: Callable, mark: Mark) -> torch.Tensor:
-    """Weight gradient [..., O, I] of INT8 inputs: ``outer``, in bf16, of dY with a group's scales and of its codes."""
-    x_codes = x_codes_TI.to(dy_TO.dtype).chunk(x_scale_TG.shape[1], 1)
-    parts = []
-    for scale_T1, codes in zip(x_scale_TG.split(1, 1), x_codes, strict=True):
-        scaled_TO = (dy_TO * scale_T1).to(dy_TO.dtype)
-        mark("operands of dw")
-        parts.append(outer(scaled_TO, codes))
-        mark("wgrad product")
-    dw_OI = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-    mark("operands of dw")
-    return dw_OI
 
 
 def bf16_pass(name: str, x_TI, w_OI, dy_TO, mark: Mark, is_fused: bool = True) -> None:

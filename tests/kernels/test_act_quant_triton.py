@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
-from bitmoe_kernels.act_quant import int8_codes, quantize_fp4, quantize_int4, quantize_int8
+from bitmoe_kernels.act_quant import dequantize, int8_codes, quantize_fp4, quantize_int4, quantize_int8
 from bitmoe_kernels.act_quant.reference import (
+    dequantize_reference,
     int8_codes_reference,
     quantize_fp4_reference,
     quantize_int4_reference,
@@ -64,6 +65,32 @@ def test_e4m3_codes_equal_int8_codes(kernels, triton_device, num_format, dtype, 
     expected, expected_scale = REFERENCES[num_format](x_TD)
     assert torch.equal(codes.cpu().view(torch.int8), expected.to(torch.float8_e4m3fn).view(torch.int8))
     assert_exact([scale], [expected_scale])
+
+
+@each_dtype
+@pytest.mark.parametrize("code_dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize(("shape", "groups"), [((3, 7), 1), ((5, 100), 4), ((2, 1000), 1), ((2, 3, 9), 3), ((0, 8), 2)])
+def test_dequantize_equals_reference(kernels, triton_device, dtype, code_dtype, shape, groups):
+    limit = 128 if code_dtype == torch.int8 else 8
+    generator = torch.Generator().manual_seed(6)
+    codes = torch.randint(-limit, limit, shape, generator=generator, dtype=torch.int8).to(code_dtype)
+    scale = gaussian(*shape[:-1], groups).exp()
+    scale[:1, ..., :1] = float("nan")
+    result = kernels.dequantize_triton(codes.to(triton_device), scale.to(triton_device), dtype)
+    assert_exact([result], [dequantize_reference(codes, scale, dtype)])
+
+
+def test_dequantize_multiplies_codes_and_scales_in_the_dtype_of_the_scales():
+    codes, scale = torch.tensor([[3, -5, 0, 127]], dtype=torch.int8), torch.tensor([[0.1, 1 / 3]], dtype=torch.float64)
+    expected = torch.tensor([[0.3, -0.5, 0.0, 127 / 3]], dtype=torch.float64)
+    torch.testing.assert_close(dequantize(codes, scale, torch.float64), expected, rtol=1e-15, atol=0)
+    assert dequantize(codes, scale.float(), torch.bfloat16).dtype == torch.bfloat16
+    with pytest.raises(TypeError, match="codes must be int8 or float8_e4m3fn, got torch.int32"):
+        dequantize(codes.int(), scale, torch.float32)
+    with pytest.raises(ValueError, match="groups=3 does not cut 4 features"):
+        dequantize(codes, torch.ones(1, 3), torch.float32)
+    with pytest.raises(ValueError, match=r"it must be \[1, 'groups'\]"):
+        dequantize(codes, torch.ones(2, 2), torch.float32)
 
 
 @pytest.mark.parametrize("num_format", REFERENCES)

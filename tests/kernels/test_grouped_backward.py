@@ -8,13 +8,13 @@ from bitmoe_kernels.grouped_ternary_gemm import (
     float8_matmul,
     grouped_input_grad,
     grouped_quantize_grad,
-    grouped_transpose_codes,
     grouped_weight_grad,
 )
 from bitmoe_kernels.grouped_ternary_gemm.reference import (
     expert_slices,
-    grouped_quantize_columns_reference,
-    grouped_quantize_rows_reference,
+    grouped_quantize_grad_reference,
+    grouped_shifted_columns_reference,
+    grouped_transpose_codes_reference,
     grouped_weight_grad_reference,
     padded_ends_reference,
     padded_rows,
@@ -52,92 +52,100 @@ def poisoned(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def same_bits(x: torch.Tensor, y: torch.Tensor) -> bool:
-    return torch.equal(x.contiguous().view(torch.int8).cpu(), y.contiguous().view(torch.int8).cpu())
+    if x.shape != y.shape or x.dtype.itemsize != y.dtype.itemsize:
+        return False
+    return torch.equal(*(part.cpu().flatten().clone().view(torch.int8) for part in (x, y)))
 
 
-def run_kernels(dy, ends_E, w_scale, x_scale) -> GroupedQuantizedGrad:
-    """Outputs of the Triton kernels from poisoned memory: rows alone where there is no ``x_scale``."""
-    kernels = pytest.importorskip("bitmoe_kernels.grouped_ternary_gemm.triton_codes")
-    (num_rows, outputs), experts = dy.shape, len(ends_E)
-    rows = poisoned(num_rows, outputs, dtype=FLOAT8), poisoned(num_rows, 1, dtype=torch.float32)
-    if x_scale is None:
-        from bitmoe_kernels.ternary_gemm import triton_grad
-
-        triton_grad.quantize_rows(dy, w_scale, ends_E, *rows)
-        return GroupedQuantizedGrad(*rows)
-    columns = (
-        poisoned(outputs, padded_rows(num_rows, experts), dtype=FLOAT8),
-        poisoned(experts, outputs, dtype=torch.float32),
-    )
-    tiles = kernels.grouped_quantize_rows_and_columns(dy, w_scale, x_scale, ends_E, *rows, *columns)
-    return GroupedQuantizedGrad(*rows, *columns, tiles.padded_ends_E)
+def run_kernel(dy, ends_E, w_scale, x_scale) -> GroupedQuantizedGrad:
+    """Outputs of the Triton kernel."""
+    kernels = pytest.importorskip("bitmoe_kernels.ternary_gemm.triton_grad")
+    return GroupedQuantizedGrad(*kernels.quantize_grad(dy, w_scale, x_scale, ends_E))
 
 
 def run_reference(dy, ends_E, w_scale, x_scale) -> GroupedQuantizedGrad:
-    columns = () if x_scale is None else grouped_quantize_columns_reference(dy, x_scale, ends_E)
-    return GroupedQuantizedGrad(*grouped_quantize_rows_reference(dy, w_scale, ends_E), *columns)
+    return GroupedQuantizedGrad(*grouped_quantize_grad_reference(dy, w_scale, x_scale, ends_E))
 
 
 def assert_same_defined_bits(actual: GroupedQuantizedGrad, expected: GroupedQuantizedGrad, num_rows: int) -> None:
-    """All that belongs to an expert has the bits of the reference; the rest is as it was."""
-    parts = [(actual.rows_RO, expected.rows_RO, num_rows), (actual.row_scale_R1, expected.row_scale_R1, num_rows)]
-    assert (actual.columns_OP is None) == (expected.columns_OP is None)
-    if actual.columns_OP is not None:
-        assert torch.equal(actual.padded_ends_E.cpu(), expected.padded_ends_E.cpu())
-        parts.append((actual.columns_OP.T, expected.columns_OP.T, int(actual.padded_ends_E[-1])))
-        assert same_bits(actual.column_scale_EO, expected.column_scale_EO)
-    for part, truth, end in parts:
-        assert same_bits(part[:end], truth[:end])
-        assert (part[end:].contiguous().view(torch.int8) == 0x7F).all()
+    """All that belongs to an expert has the bits of the reference."""
+    for name, part, truth in zip(GroupedQuantizedGrad._fields, actual, expected, strict=True):
+        assert (part is None) == (truth is None), name
+        end = None if name == "largest_E" else num_rows
+        assert part is None or same_bits(part[:end], truth[:end]), name
 
 
-@pytest.mark.parametrize("with_columns", [False, True], ids=["rows", "both"])
+@pytest.mark.parametrize("with_x_scale", [False, True], ids=["", "x_scale"])
 @pytest.mark.parametrize("fold_w_scale", [False, True], ids=["", "w_scale"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("counts", [*COUNTS, [0, 0], [200, 0, 1, 260]], ids=str)
-def test_kernels_have_the_references_bits(counts, dtype, fold_w_scale, with_columns):
+@pytest.mark.usefixtures("poison")
+def test_kernel_has_the_references_bits(counts, dtype, fold_w_scale, with_x_scale):
     # Two rows past the last expert's, which nobody may read or write.
     num_rows, outputs = sum(counts) + 2, 140
     dy = random(num_rows, outputs) * torch.logspace(-12, 2, num_rows, device=DEVICE)[:, None]
     dy[-2:] = float("nan")
     w_scale = random(len(counts), outputs, seed=6).abs() if fold_w_scale else None
-    x_scale = random(num_rows, 1, seed=7).abs() if with_columns else None
+    x_scale = random(num_rows, 1, seed=7).abs() if with_x_scale else None
     case = dy.to(dtype), ends(counts), w_scale, x_scale
-    assert_same_defined_bits(run_kernels(*case), run_reference(*case), sum(counts))
+    grad = run_kernel(*case)
+    assert_same_defined_bits(grad, run_reference(*case), sum(counts))
+    if not torch.cuda.is_available():  # Where memory is poisoned.
+        assert (grad.codes_RO[-2:].view(torch.int8) == -77).all()
+        assert (grad.scale_R1[-2:] == 12345).all()
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("with_columns", [False, True], ids=["rows", "both"])
+@pytest.mark.parametrize("with_x_scale", [False, True], ids=["", "x_scale"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("outputs", [300, 2816])
-def test_quantize_grad_on_gpu_has_the_references_bits(outputs, dtype, with_columns):
+def test_quantize_grad_on_gpu_has_the_references_bits(outputs, dtype, with_x_scale):
     counts = [0, 1700, 3, 2000, 0, 33]
     num_rows = sum(counts)
     dy = (random(num_rows, outputs) * torch.logspace(-6, 2, num_rows, device=DEVICE)[:, None]).to(dtype)
-    w_scale, x_scale = random(len(counts), outputs).abs(), random(num_rows, 1).abs() if with_columns else None
+    w_scale, x_scale = random(len(counts), outputs).abs(), random(num_rows, 1).abs() if with_x_scale else None
     grad = grouped_quantize_grad(dy, ends(counts), w_scale, x_scale)
     expected = run_reference(*(x if x is None else x.cpu() for x in (dy, ends(counts), w_scale, x_scale)))
-    assert same_bits(grad.rows_RO, expected.rows_RO)
-    assert same_bits(grad.row_scale_R1, expected.row_scale_R1)
-    if with_columns:
-        end = int(expected.padded_ends_E[-1])
-        assert same_bits(grad.columns_OP[:, :end], expected.columns_OP[:, :end])
-        assert same_bits(grad.column_scale_EO, expected.column_scale_EO)
+    assert_same_defined_bits(grad, expected, num_rows)
 
 
-@pytest.mark.parametrize("with_columns", [False, True], ids=["rows", "both"])
+@pytest.mark.parametrize("with_x_scale", [False, True], ids=["", "x_scale"])
 @pytest.mark.parametrize("bad", [float("nan"), -float("inf")], ids=str)
-def test_quantize_grad_marks_what_is_not_finite_in_its_expert_only(bad, with_columns):
+def test_a_row_that_is_not_finite_spoils_its_experts_weight_gradient_only(bad, with_x_scale):
     counts, dy = [10, 0, 200], random(210, 20)
     dy[160, 5] = bad
-    case = dy, ends(counts), None, torch.ones(210, 1, device=DEVICE) if with_columns else None
-    for grad in (run_kernels(*case), run_reference(*case)):
-        assert grad.row_scale_R1.isnan().nonzero().tolist() == [[160, 0]]
-        assert grad.rows_RO[160].float().abs().max() == 0
-        if with_columns:
-            assert grad.column_scale_EO.isnan().nonzero().tolist() == [[2, 5]]
-            assert grad.columns_OP[5, 32 : 32 + 200].float().abs().max() == 0
-            assert grad.columns_OP[5, :10].float().abs().max() > 0
+    case = dy, ends(counts), None, torch.ones(210, 1, device=DEVICE) if with_x_scale else None
+    for grad in (run_kernel(*case), run_reference(*case)):
+        assert grad.scale_R1.isnan().nonzero().tolist() == [[160, 0]]
+        assert grad.codes_RO[160].float().abs().max() == 0
+        if with_x_scale:
+            x = codes(210, 16, low=-8, high=7).to(FLOAT8)
+            dw = grouped_weight_grad(grad, x, None, ends(counts))
+            assert dw[2].isnan().all()
+            assert dw[0].abs().max() > 0
+            assert dw[1].abs().max() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, FLOAT8], ids=str)
+@pytest.mark.parametrize("counts", [*COUNTS, [0, 0], [200, 0, 1, 260]], ids=str)
+def test_transposing_kernel_has_the_references_bits(counts, dtype):
+    kernels = pytest.importorskip("bitmoe_kernels.grouped_ternary_gemm.triton_codes")
+    from bitmoe_kernels.grouped_ternary_gemm.triton_row_tiles import row_tiles
+
+    num_rows, ends_E = sum(counts), ends(counts)
+    x, num_columns = codes(num_rows + 2, 140, low=-8, high=7).to(dtype), padded_rows(num_rows + 2, len(counts))
+    power, largest = torch.exp2(codes(num_rows + 2, 1, low=-9, high=0).float()), torch.ones(len(counts), device=DEVICE)
+    tiles = row_tiles(ends_E, num_columns, 128, cover_padding=True)
+    end = int(tiles.padded_ends_E[-1])
+    plain = grouped_transpose_codes_reference(x, ends_E)
+    cases = {(): plain}
+    if dtype == FLOAT8:
+        cases[power, largest] = grouped_shifted_columns_reference(x, power, largest, ends_E)
+    for powers, expected in cases.items():
+        columns = torch.full((140, num_columns), 77, dtype=torch.int8, device=DEVICE)
+        kernels.grouped_transpose_codes(x.view(torch.int8), tiles, columns, *powers)
+        assert same_bits(columns[:, :end], expected[:, :end])
+        assert (columns[:, end:] == 77).all()
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(64, 40), (20, 33)])
@@ -170,7 +178,7 @@ def test_gradients_agree_with_fp64_autograd(counts, inputs, outputs):
     dy = random(num_rows, outputs) * (random(num_rows, 1, seed=6).abs() + 0.1)
     grad = grouped_quantize_grad(dy, ends(counts), None, x_scale)
     dx = grouped_input_grad(grad, w_columns(w), w_scale, ends(counts))
-    dw = grouped_weight_grad(grad, grouped_transpose_codes(x.to(FLOAT8), ends(counts)))
+    dw = grouped_weight_grad(grad, x.to(FLOAT8), None, ends(counts))
     assert dx.dtype == dw.dtype == torch.bfloat16
 
     x_dq = (x.double() * x_scale.double()).requires_grad_()
@@ -187,28 +195,30 @@ def test_gradients_agree_with_fp64_autograd(counts, inputs, outputs):
 def test_products_are_those_of_the_rounded_operands():
     counts = [17, 0, 32, 1]
     x, w = codes(50, 64, low=-7, high=7), codes(4, 40, 64, low=-1, high=1)
-    w_scale = random(4, 2).abs() + 0.1
-    grad = grouped_quantize_grad(random(50, 40), ends(counts), None, random(50, 1).abs() + 0.1)
+    w_scale, x_scale = random(4, 2).abs() + 0.1, random(50, 1).abs() + 0.1
+    grad = grouped_quantize_grad(random(50, 40), ends(counts), None, x_scale)
     dx = grouped_input_grad(grad, w_columns(w), w_scale, ends(counts))
-    dw = grouped_weight_grad(grad, grouped_transpose_codes(x.to(FLOAT8), ends(counts)))
-    rows_dq = grad.rows_RO.double() * grad.row_scale_R1
+    dw = grouped_weight_grad(grad, x.to(FLOAT8), None, ends(counts))
+    dy_dq = grad.codes_RO.double() * grad.scale_R1
     w_dq = (w.double().unflatten(2, (2, -1)) * w_scale[:, None, :, None]).flatten(2)
-    for expert, (rows, padded) in enumerate(
-        zip(expert_slices(ends(counts)), expert_slices(grad.padded_ends_E), strict=True)
-    ):
-        torch.testing.assert_close(dx[rows].double(), rows_dq[rows] @ w_dq[expert], rtol=2**-8, atol=1e-3)
-        columns = grad.columns_OP[:, padded][:, : rows.stop - rows.start].double()
-        expected = columns @ x[rows].double() * grad.column_scale_EO[expert, :, None]
+    for expert, rows in enumerate(expert_slices(ends(counts))):
+        torch.testing.assert_close(dx[rows].double(), dy_dq[rows] @ w_dq[expert], rtol=2**-8, atol=1e-3)
+        expected = dy_dq[rows].T @ (x[rows].double() * x_scale[rows])
         torch.testing.assert_close(dw[expert].double(), expected, rtol=2**-8, atol=1e-3)
 
 
-def test_input_grad_folds_a_scale_per_output():
-    counts, w, w_scale = [5, 0, 4], codes(3, 40, 24, low=-1, high=1), random(3, 40).abs() + 0.1
-    dy = random(9, 40)
-    dx = grouped_input_grad(grouped_quantize_grad(dy, ends(counts), w_scale), w_columns(w), None, ends(counts))
+def test_gradients_with_a_folded_scale_per_output():
+    counts, w, w_scale = [50, 0, 40], codes(3, 40, 24, low=-1, high=1), random(3, 40).abs() + 0.1
+    dy, x, x_scale = random(90, 40), codes(90, 16, low=-8, high=7), random(90, 1).abs() + 0.1
+    grad = grouped_quantize_grad(dy, ends(counts), w_scale, x_scale)
+    dx = grouped_input_grad(grad, w_columns(w), None, ends(counts))
+    dw = grouped_weight_grad(grad, x.to(FLOAT8), w_scale, ends(counts))
     for expert, rows in enumerate(expert_slices(ends(counts))):
-        truth = dy[rows].double() @ (w[expert].double() * w_scale[expert, :, None])
-        assert relative_error(dx[rows], truth) < E4M3_ERROR or counts[expert] == 0
+        if counts[expert]:
+            assert relative_error(dx[rows], dy[rows].double() @ (w[expert].double() * w_scale[expert, :, None])) < (
+                E4M3_ERROR
+            )
+            assert relative_error(dw[expert], dy[rows].double().T @ (x[rows].double() * x_scale[rows])) < E4M3_ERROR
 
 
 @pytest.mark.gpu
@@ -220,16 +230,17 @@ def test_float8_backends_agree_on_gpu(monkeypatch, backend):
     x, w = codes(1024, 528, low=-7, high=7), codes(4, 272, 528, low=-1, high=1)
     x_scale, w_scale = random(1024, 1).abs() + 0.1, random(4, 1).abs() + 0.1
     grad = grouped_quantize_grad(random(1024, 272), ends(counts), None, x_scale)
-    x_columns = grouped_transpose_codes(x.to(FLOAT8), ends(counts))
+    x = x.to(FLOAT8)
     for fast_accum in (False, True):
         dx = grouped_input_grad(grad, w_columns(w), w_scale, ends(counts), fast_accum=fast_accum)
-        dw = grouped_weight_grad(grad, x_columns, fast_accum=fast_accum)
+        dw = grouped_weight_grad(grad, x, None, ends(counts), fast_accum=fast_accum)
         on_cpu = GroupedQuantizedGrad(*(field.cpu() for field in grad))
         true_dx = grouped_input_grad(on_cpu, w_columns(w).cpu(), w_scale.cpu(), ends(counts).cpu())
+        true_dw = grouped_weight_grad(on_cpu, x.cpu(), None, ends(counts).cpu())
         # bf16 has 8 significant bits; sums in the tensor cores lose one more where 700 rows are added.
         limit = 2**-7 if fast_accum else 2**-8
         assert relative_error(dx.cpu(), true_dx.double()) < limit
-        assert relative_error(dw.cpu(), grouped_weight_grad(on_cpu, x_columns.cpu()).double()) < limit
+        assert relative_error(dw.cpu(), true_dw.double()) < limit
         assert dw[0].abs().max() == 0
 
 
@@ -237,7 +248,7 @@ def test_no_row_gives_no_gradient():
     none = ends([0, 0, 0])
     grad = grouped_quantize_grad(random(0, 32), none, None, random(0, 1))
     assert grouped_input_grad(grad, codes(3, 16, 32, low=-1, high=1).to(FLOAT8), None, none).shape == (0, 16)
-    dw = grouped_weight_grad(grad, grouped_transpose_codes(codes(0, 16, low=0, high=1).to(FLOAT8), none))
+    dw = grouped_weight_grad(grad, codes(0, 16, low=0, high=1).to(FLOAT8), None, none)
     assert dw.shape == (3, 32, 16)
     assert dw.abs().max() == 0
 
@@ -250,7 +261,7 @@ def test_backward_refuses():
         grouped_quantize_grad(dy.long(), end)
     with pytest.raises(ValueError, match=r"must be \[R, O\]"):
         grouped_quantize_grad(dy[None], end)
-    with pytest.raises(ValueError, match=r"must be \[4, 1\]: columns need one group"):
+    with pytest.raises(ValueError, match=r"must be \[4, 1\]: it needs one group"):
         grouped_quantize_grad(dy, end, None, ones[:3])
     with pytest.raises(ValueError, match=r"it must be \[2, 8\]"):
         grouped_quantize_grad(dy, end, torch.ones(8, device=DEVICE))
@@ -262,8 +273,8 @@ def test_backward_refuses():
     with pytest.raises(ValueError, match=r"must be \[2, groups\]"):
         grouped_input_grad(grad, codes(2, 16, 16, low=-1, high=1).to(FLOAT8), ones, end)
     with pytest.raises(TypeError, match="x_codes must be float8_e4m3fn"):
-        grouped_weight_grad(grad, codes(16, 48, low=-1, high=1))
-    with pytest.raises(ValueError, match=r"must be \[I, 48\]"):
-        grouped_weight_grad(grad, codes(16, 32, low=-1, high=1).to(FLOAT8))
-    with pytest.raises(ValueError, match="rounded by row only"):
-        grouped_weight_grad(grouped_quantize_grad(dy, end), codes(16, 48, low=-1, high=1).to(FLOAT8))
+        grouped_weight_grad(grad, codes(4, 48, low=-1, high=1), None, end)
+    with pytest.raises(ValueError, match=r"must be \[4, I\]"):
+        grouped_weight_grad(grad, codes(16, 32, low=-1, high=1).to(FLOAT8), None, end)
+    with pytest.raises(ValueError, match="pass x_scale to grouped_quantize_grad"):
+        grouped_weight_grad(grouped_quantize_grad(dy, end), codes(4, 48, low=-1, high=1).to(FLOAT8), None, end)

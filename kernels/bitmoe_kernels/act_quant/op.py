@@ -11,6 +11,7 @@ Not here: the straight-through gradient, which belongs to the linear that multip
 import torch
 
 from bitmoe_kernels.act_quant.reference import (
+    dequantize_reference,
     int8_codes_reference,
     int8_scale_reference,
     quantize_fp4_reference,
@@ -138,17 +139,48 @@ def int8_codes(x_TD: torch.Tensor, scale_TG: torch.Tensor) -> torch.Tensor:
     """
     check_features(x_TD, "x")
     check_floating(scale_TG, "scale")
+    _check_scale(x_TD, scale_TG)
+    raise_on_nonfinite(x_TD, x_TD, "x")
+    raise_on_nonfinite(scale_TG, scale_TG, "scale")
+    if runs_triton_by_row(x_TD, scale_TG.shape[-1]) and scale_TG.dtype == torch.float32:
+        return _triton_kernels().int8_codes_triton(x_TD, scale_TG)
+    return int8_codes_reference(x_TD, scale_TG)
+
+
+@torch.no_grad()
+def dequantize(codes_TD: torch.Tensor, scale_TG: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Codes times their scales, rounded once (README eq. 4).
+
+    Args:
+        codes_TD: int8 or e4m3 [..., D].
+        scale_TG: fp32 or fp64 [..., G]; G equal blocks of the D features.
+        dtype: of the result.
+
+    Returns:
+        [..., D].
+
+    Raises:
+        TypeError: codes of another type, a scale that is not floating point.
+        ValueError: shapes that do not fit.
+    """
+    if codes_TD.dtype not in (torch.int8, torch.float8_e4m3fn):
+        raise TypeError(f"codes must be int8 or float8_e4m3fn, got {codes_TD.dtype}")
+    check_floating(scale_TG, "scale")
+    _check_scale(codes_TD, scale_TG)
+    is_fast = runs_triton_by_row(scale_TG.new_empty(0, codes_TD.shape[-1], dtype=dtype), scale_TG.shape[-1])
+    if is_fast and scale_TG.dtype == torch.float32:
+        return _triton_kernels().dequantize_triton(codes_TD, scale_TG, dtype)
+    return dequantize_reference(codes_TD, scale_TG, dtype)
+
+
+def _check_scale(x_TD: torch.Tensor, scale_TG: torch.Tensor) -> None:
+    """Raise unless each token has a scale for each of G equal groups of features."""
     if scale_TG.dim() != x_TD.dim() or scale_TG.shape[:-1] != x_TD.shape[:-1]:
         raise ValueError(
             f"scale of shape {list(scale_TG.shape)} does not fit x of shape {list(x_TD.shape)}: "
             f"it must be {[*x_TD.shape[:-1], 'groups']}"
         )
     check_groups(scale_TG.shape[-1], x_TD.shape[-1], "features")
-    raise_on_nonfinite(x_TD, x_TD, "x")
-    raise_on_nonfinite(scale_TG, scale_TG, "scale")
-    if runs_triton_by_row(x_TD, scale_TG.shape[-1]) and scale_TG.dtype == torch.float32:
-        return _triton_kernels().int8_codes_triton(x_TD, scale_TG)
-    return int8_codes_reference(x_TD, scale_TG)
 
 
 def check_code_dtype(code_dtype: torch.dtype, num_format: str) -> None:

@@ -53,6 +53,12 @@ def quantize_fp4_reference(x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     return _to_int8((ratio_TD / step_TD).round() * step_TD), scale_T1
 
 
+def dequantize_reference(codes_TD: torch.Tensor, scale_TG: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """README eq. 4: codes times scales [T, D], multiplied in the dtype of the scales."""
+    codes_TGd = codes_TD.to(scale_TG.dtype).unflatten(-1, (scale_TG.shape[-1], -1))
+    return (codes_TGd * scale_TG.unsqueeze(-1)).flatten(-2).to(dtype)
+
+
 def _to_compute_dtype(x: torch.Tensor) -> torch.Tensor:
     """``x`` in fp32, or unchanged if it is fp64."""
     return x if x.dtype == torch.float64 else x.float()

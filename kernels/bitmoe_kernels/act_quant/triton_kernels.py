@@ -1,6 +1,6 @@
 """Per-token activation quantizers in Triton: codes and scale equal to reference.py bit for bit.
 
-What      README eq. 1-3, one launch each: x is read once, codes and scale are written once.
+What      README eq. 1-4, one launch each: what they take is read once, what they give is written once.
 Contract  bf16, fp16 or fp32; any sizes; x is made contiguous. The device of x must have Triton, or Triton's
           interpreter must be on (TRITON_INTERPRET=1 before Triton is imported).
 Tiling    a tile holds whole rows in registers, 64 elements a thread, so that many share what is computed once a row:
@@ -86,6 +86,26 @@ def int8_codes_triton(x_TD: torch.Tensor, scale_TG: torch.Tensor) -> torch.Tenso
                 x_TD, scale_TG, codes_TD, num_rows, num_features, **tile
             )
     return codes_TD
+
+
+def dequantize_triton(codes_TD: torch.Tensor, scale_TG: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """README eq. 4: int8 or e4m3 codes times fp32 scales, rounded to bf16, fp16 or fp32 ``dtype``, [..., D]."""
+    codes_TD, scale_TG = codes_TD.contiguous(), scale_TG.contiguous()
+    x_TD = torch.empty(codes_TD.shape, dtype=dtype, device=codes_TD.device)
+    if num_rows := scale_TG.numel():
+        num_features = codes_TD.shape[-1] // scale_TG.shape[-1]
+        tile = row_tile(num_features)
+        with torch.cuda.device_of(codes_TD):
+            _dequantize_kernel[(triton.cdiv(num_rows, tile["BLOCK_ROWS"]),)](
+                codes_TD.view(torch.int8),
+                scale_TG,
+                x_TD,
+                num_rows,
+                num_features,
+                codes_TD.dtype == torch.float8_e4m3fn,
+                **tile,
+            )
+    return x_TD
 
 
 @triton.jit
@@ -236,6 +256,14 @@ def float8_bytes(codes):
 
 
 @triton.jit
+def float8_numbers(codes):
+    """The numbers, in fp32, whose e4m3 bytes are these int8 ``codes``."""
+    # Sign, exponent and mantissa where fp32 has them; 2^120 makes up for the other bias.
+    bits = codes.to(tl.int32)
+    return ((bits & 0x80) << 24 | (bits & 0x7F) << 20).to(tl.float32, bitcast=True) * 2.0**120
+
+
+@triton.jit
 def store_row_codes(ptrs, codes, scale, mask):
     """Store codes [BR, BF], and 0 for the rows whose scale [BR] is NaN."""
     # Two stores under opposite masks cost less than a choice for each element.
@@ -317,3 +345,21 @@ def _int8_codes_kernel(
     ratio = tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))
     codes = round_to_int8(tl.minimum(tl.maximum(ratio, -128.0), 127.0))
     tl.store(codes_ptr + offs, tl.where(ratio == ratio, codes, 0), mask=mask)
+
+
+@triton.jit
+def _dequantize_kernel(
+    codes_ptr,
+    scale_ptr,
+    x_ptr,
+    num_rows,
+    NUM_FEATURES: tl.constexpr,
+    IS_FLOAT8: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_FEATURES: tl.constexpr,
+):
+    rows, mask_rows, offs, mask = tile_offsets(num_rows, NUM_FEATURES, BLOCK_ROWS, BLOCK_FEATURES)
+    codes = tl.load(codes_ptr + offs, mask=mask, other=0)
+    numbers = float8_numbers(codes) if IS_FLOAT8 else codes.to(tl.float32)
+    x = numbers * tl.load(scale_ptr + rows, mask=mask_rows, other=1.0)[:, None]
+    tl.store(x_ptr + offs, round_to(x, x_ptr.dtype.element_ty), mask=mask)

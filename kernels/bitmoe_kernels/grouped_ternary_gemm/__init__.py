@@ -11,7 +11,6 @@ from bitmoe_kernels.grouped_ternary_gemm.op import (
     grouped_matmul,
     grouped_outer,
     grouped_scaled_code_matmul,
-    grouped_transpose_codes,
 )
 
 __all__ = [
@@ -22,6 +21,5 @@ __all__ = [
     "grouped_outer",
     "grouped_quantize_grad",
     "grouped_scaled_code_matmul",
-    "grouped_transpose_codes",
     "grouped_weight_grad",
 ]

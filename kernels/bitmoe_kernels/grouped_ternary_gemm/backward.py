@@ -1,4 +1,4 @@
-"""8-bit backward of the ternary linears of routed experts: dY is rounded, codes of weights and activations stay exact.
+"""8-bit backward of the ternary linears of routed experts: dY is rounded once, all other codes stay exact.
 
 ``ternary_gemm.backward`` for rows sorted by expert: a scale never lies along a contracted dimension, and none belongs
 to two experts. How many rows an expert has stays on the device; shapes have static bounds.
@@ -8,16 +8,19 @@ from typing import NamedTuple
 
 import torch
 
-from bitmoe_kernels.dispatch import runs_triton, runs_triton_by_row
+from bitmoe_kernels.dispatch import runs_triton_by_row
 from bitmoe_kernels.grouped_ternary_gemm.float8_matmul import grouped_float8_matmul, grouped_float8_outer
 from bitmoe_kernels.grouped_ternary_gemm.op import check_ends
 from bitmoe_kernels.grouped_ternary_gemm.reference import (
-    grouped_quantize_columns_reference,
-    grouped_quantize_rows_reference,
+    grouped_quantize_grad_reference,
+    grouped_shifted_columns_reference,
+    grouped_transpose_codes_reference,
+    padded_ends_reference,
     padded_rows,
 )
 from bitmoe_kernels.ternary_gemm.backward import FLOAT8
-from bitmoe_kernels.ternary_gemm.reference import pad_last, padded_length
+from bitmoe_kernels.ternary_gemm.op import rows_contiguous
+from bitmoe_kernels.ternary_gemm.reference import LARGEST_SHIFT, pad_last, padded_length
 from bitmoe_kernels.validation import check_features, check_groups
 
 # Shapes: R = rows sorted by expert, E = experts, I = inputs, O = outputs of the linear, G = groups of inputs,
@@ -25,19 +28,16 @@ from bitmoe_kernels.validation import check_features, check_groups
 
 
 class GroupedQuantizedGrad(NamedTuple):
-    """dY in the forms its products need; ``x ~ codes * scale``. Rows past the last expert's are undefined."""
+    """dY as its products take it; ``x ~ codes * scale``. Rows past the last expert's are undefined."""
 
-    rows_RO: torch.Tensor
+    codes_RO: torch.Tensor
     """e4m3 [R, O]: dY, times the weight scale per output where there is one."""
-    row_scale_R1: torch.Tensor
+    scale_R1: torch.Tensor
     """fp32 [R, 1]."""
-    columns_OP: torch.Tensor | None = None
-    """e4m3 [O, P]: dY times the token scale of the activations, transposed, where asked for; zeros after the rows of an
-    expert, undefined after the last one's."""
-    column_scale_EO: torch.Tensor | None = None
-    """fp32 [E, O]."""
-    padded_ends_E: torch.Tensor | None = None
-    """int32 [E]: where each expert's padded rows end among P."""
+    power_R1: torch.Tensor | None = None
+    """fp32 [R, 1]: the scale times that of the row's activations, a power of 2, where that was passed."""
+    largest_E: torch.Tensor | None = None
+    """fp32 [E]: the largest of each expert's powers; Inf where a row is not finite, 0 without rows."""
 
 
 @torch.no_grad()
@@ -47,46 +47,28 @@ def grouped_quantize_grad(
     w_scale_EO: torch.Tensor | None = None,
     x_scale_R1: torch.Tensor | None = None,
 ) -> GroupedQuantizedGrad:
-    """Round the gradient of the experts' outputs for one backward product or both (README eq. 3).
+    """Round the gradient of the experts' outputs (README eq. 3).
 
     Args:
         dy_RO: [R, O], bf16, fp16 or fp32.
         ends_E: int32 [E], where each expert's rows end.
-        w_scale_EO: fp32 [E, O] where the weights have a scale per output row: folded into the rows. None where they
+        w_scale_EO: fp32 [E, O] where the weights have a scale per output row: folded into the codes. None where they
             have one scale per expert, or per expert and group of inputs: pass it to :func:`grouped_input_grad`.
-        x_scale_R1: fp32 [R, 1], the token scales of e4m3 activations: write the columns, too, for
-            :func:`grouped_weight_grad`.
+        x_scale_R1: fp32 [R, 1], the token scales of e4m3 activations: prepare for :func:`grouped_weight_grad`, too.
 
     Returns:
-        The codes and scales. A row or column that holds NaN or Inf gets a NaN scale and codes 0.
+        The codes and scales. A row that holds NaN or Inf gets a NaN scale and codes 0.
 
     Raises:
         TypeError: ``dy_RO`` not floating point, or ends that are not int32.
         ValueError: shapes that do not fit.
     """
     _check_grad(dy_RO, ends_E, w_scale_EO, x_scale_R1)
-    dy_RO = dy_RO.contiguous()
-    runs = runs_triton_by_row(dy_RO) if x_scale_R1 is None else runs_triton(dy_RO)
-    if not runs:
-        rows = grouped_quantize_rows_reference(dy_RO, w_scale_EO, ends_E)
-        columns = () if x_scale_R1 is None else grouped_quantize_columns_reference(dy_RO, x_scale_R1, ends_E)
-        return GroupedQuantizedGrad(*rows, *columns)
-    from bitmoe_kernels.grouped_ternary_gemm import triton_codes
+    if not runs_triton_by_row(dy_RO):
+        return GroupedQuantizedGrad(*grouped_quantize_grad_reference(dy_RO, w_scale_EO, x_scale_R1, ends_E))
     from bitmoe_kernels.ternary_gemm import triton_grad
 
-    (num_rows, num_outputs), num_experts = dy_RO.shape, len(ends_E)
-    rows = dy_RO.new_empty(num_rows, num_outputs, dtype=FLOAT8), dy_RO.new_empty(num_rows, 1, dtype=torch.float32)
-    w_scale_EO = None if w_scale_EO is None else w_scale_EO.contiguous()
-    if x_scale_R1 is None:
-        triton_grad.quantize_rows(dy_RO, w_scale_EO, ends_E, *rows)
-        return GroupedQuantizedGrad(*rows)
-    columns = (
-        dy_RO.new_empty(num_outputs, padded_rows(num_rows, num_experts), dtype=FLOAT8),
-        dy_RO.new_empty(num_experts, num_outputs, dtype=torch.float32),
-    )
-    inputs = (dy_RO, w_scale_EO, x_scale_R1.contiguous(), ends_E)
-    tiles = triton_codes.grouped_quantize_rows_and_columns(*inputs, *rows, *columns)
-    return GroupedQuantizedGrad(*rows, *columns, tiles.padded_ends_E)
+    return GroupedQuantizedGrad(*triton_grad.quantize_grad(dy_RO, w_scale_EO, x_scale_R1, ends_E))
 
 
 def _check_grad(dy_RO: torch.Tensor, ends_E: torch.Tensor, w_scale_EO, x_scale_R1) -> None:
@@ -98,7 +80,7 @@ def _check_grad(dy_RO: torch.Tensor, ends_E: torch.Tensor, w_scale_EO, x_scale_R
     if w_scale_EO is not None and w_scale_EO.shape != (num_experts, num_outputs):
         raise ValueError(f"w_scale has shape {list(w_scale_EO.shape)}: it must be [{num_experts}, {num_outputs}]")
     if x_scale_R1 is not None and x_scale_R1.shape != (num_rows, 1):
-        raise ValueError(f"x_scale of shape {list(x_scale_R1.shape)} must be [{num_rows}, 1]: columns need one group")
+        raise ValueError(f"x_scale of shape {list(x_scale_R1.shape)} must be [{num_rows}, 1]: it needs one group")
 
 
 @torch.no_grad()
@@ -130,47 +112,79 @@ def grouped_input_grad(
     check_ends(ends_E)
     if w_codes_EIO.dtype != torch.float8_e4m3fn:
         raise TypeError(f"w_codes must be float8_e4m3fn, got {w_codes_EIO.dtype}")
-    num_experts, num_outputs = len(ends_E), padded_length(grad.rows_RO.shape[1])
+    num_experts, num_outputs = len(ends_E), padded_length(grad.codes_RO.shape[1])
     if w_codes_EIO.dim() != 3 or (len(w_codes_EIO), w_codes_EIO.shape[2]) != (num_experts, num_outputs):
         raise ValueError(f"w_codes of shape {list(w_codes_EIO.shape)} must be [{num_experts}, I, {num_outputs}]")
     num_inputs = w_codes_EIO.shape[1]
-    w_scale_EG = grad.row_scale_R1.new_ones(1, 1).expand(num_experts, 1) if w_scale_EG is None else w_scale_EG
+    w_scale_EG = grad.scale_R1.new_ones(1, 1).expand(num_experts, 1) if w_scale_EG is None else w_scale_EG
     if w_scale_EG.dim() != 2 or len(w_scale_EG) != num_experts:
         raise ValueError(f"w_scale of shape {list(w_scale_EG.shape)} must be [{num_experts}, groups]")
     check_groups(w_scale_EG.shape[1], num_inputs, "inputs")
     w_scale_EI = w_scale_EG.unsqueeze(2).expand(-1, -1, num_inputs // w_scale_EG.shape[1]).flatten(1)
-    rows_RO = grad.rows_RO
-    if rows_RO.shape[1] < num_outputs:
-        rows_RO = pad_last(rows_RO, num_outputs)
+    codes_RO = grad.codes_RO
+    if codes_RO.shape[1] < num_outputs:
+        codes_RO = pad_last(codes_RO, num_outputs)
     return grouped_float8_matmul(
-        rows_RO, grad.row_scale_R1, w_codes_EIO.contiguous(), w_scale_EI, ends_E, fast_accum=fast_accum
+        codes_RO, grad.scale_R1, w_codes_EIO.contiguous(), w_scale_EI, ends_E, fast_accum=fast_accum
     )
 
 
 @torch.no_grad()
 def grouped_weight_grad(
-    grad: GroupedQuantizedGrad, x_codes_IP: torch.Tensor, *, fast_accum: bool = True
+    grad: GroupedQuantizedGrad,
+    x_codes_RI: torch.Tensor,
+    w_scale_EO: torch.Tensor | None,
+    ends_E: torch.Tensor,
+    *,
+    fast_accum: bool = True,
 ) -> torch.Tensor:
-    """Gradient of the experts' weights: dW = dY^T @ X with exact activation codes (README eq. 5).
+    """Gradient of the experts' weights: dW = dY^T @ X with exact activation codes (README eq. 4 to 6).
 
     Args:
-        grad: from :func:`grouped_quantize_grad`, with columns.
-        x_codes_IP: transposed activation codes, e4m3 [I, P], from ``grouped_transpose_codes``.
+        grad: from :func:`grouped_quantize_grad`, with the token scales of the activations.
+        x_codes_RI: activation codes, e4m3 [R, I].
+        w_scale_EO: fp32 [E, O], as given to :func:`grouped_quantize_grad`; None where none was.
+        ends_E: int32 [E], as in ``grad``.
         fast_accum: as in :func:`grouped_input_grad`.
 
     Returns:
-        bf16 [E, O, I], zeros for experts without rows.
+        bf16 [E, O, I], zeros for experts without rows; NaN for an expert with a row of dY that was not finite.
 
     Raises:
         TypeError: activation codes that are not e4m3.
-        ValueError: a gradient without columns, or shapes that do not fit.
+        ValueError: a gradient rounded without the activations' scales, or shapes that do not fit.
     """
-    if grad.columns_OP is None:
-        raise ValueError("the gradient was rounded by row only: pass x_scale to grouped_quantize_grad")
-    if x_codes_IP.dtype != FLOAT8:
-        raise TypeError(f"x_codes must be float8_e4m3fn, got {x_codes_IP.dtype}")
-    num_columns = grad.columns_OP.shape[1]
-    if x_codes_IP.dim() != 2 or x_codes_IP.shape[1] != num_columns:
-        raise ValueError(f"x_codes of shape {list(x_codes_IP.shape)} must be [I, {num_columns}]")
-    columns = (grad.columns_OP, grad.column_scale_EO)
-    return grouped_float8_outer(*columns, x_codes_IP.contiguous(), grad.padded_ends_E, fast_accum=fast_accum)
+    if grad.power_R1 is None:
+        raise ValueError("the gradient was rounded for the input gradient alone: pass x_scale to grouped_quantize_grad")
+    if x_codes_RI.dtype != FLOAT8:
+        raise TypeError(f"x_codes must be float8_e4m3fn, got {x_codes_RI.dtype}")
+    num_rows, num_outputs = grad.codes_RO.shape
+    if x_codes_RI.dim() != 2 or len(x_codes_RI) != num_rows:
+        raise ValueError(f"x_codes of shape {list(x_codes_RI.shape)} must be [{num_rows}, I]")
+    scale_E1 = grad.largest_E.unsqueeze(1) / LARGEST_SHIFT
+    scale_EO = scale_E1.expand(-1, num_outputs) if w_scale_EO is None else scale_E1 / w_scale_EO
+    dy_columns_OP, x_columns_IP, padded_ends_E = _columns(grad, x_codes_RI, ends_E)
+    return grouped_float8_outer(
+        dy_columns_OP, scale_EO.contiguous(), x_columns_IP, padded_ends_E, fast_accum=fast_accum
+    )
+
+
+def _columns(
+    grad: GroupedQuantizedGrad, x_codes_RI: torch.Tensor, ends_E: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Transposed codes of dY [O, P] and, shifted, of activations [I, P]; where each expert's padded rows end [E]."""
+    powers = grad.power_R1, grad.largest_E
+    if not x_codes_RI.is_cuda:
+        columns = grouped_transpose_codes_reference(grad.codes_RO, ends_E)
+        return columns, grouped_shifted_columns_reference(x_codes_RI, *powers, ends_E), padded_ends_reference(ends_E)
+    from bitmoe_kernels.grouped_ternary_gemm.triton_codes import grouped_transpose_codes
+    from bitmoe_kernels.grouped_ternary_gemm.triton_row_tiles import row_tiles
+    from bitmoe_kernels.ternary_gemm.triton_kernels import COPY_TILE
+
+    num_columns = padded_rows(len(x_codes_RI), len(ends_E))
+    tiles = row_tiles(ends_E, num_columns, COPY_TILE, cover_padding=True)
+    dy_columns_OP, x_columns_IP = (x_codes_RI.new_empty(x.shape[1], num_columns) for x in (grad.codes_RO, x_codes_RI))
+    dy_bytes_RO, x_bytes_RI = (rows_contiguous(x).view(torch.int8) for x in (grad.codes_RO, x_codes_RI))
+    grouped_transpose_codes(dy_bytes_RO, tiles, dy_columns_OP.view(torch.int8))
+    grouped_transpose_codes(x_bytes_RI, tiles, x_columns_IP.view(torch.int8), *powers)
+    return dy_columns_OP, x_columns_IP, tiles.padded_ends_E

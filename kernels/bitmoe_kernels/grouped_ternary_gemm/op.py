@@ -12,14 +12,12 @@ from bitmoe_kernels.grouped_ternary_gemm.reference import (
     grouped_matmul_reference,
     grouped_outer_reference,
     grouped_scaled_code_matmul_reference,
-    grouped_transpose_codes_reference,
-    padded_rows,
 )
-from bitmoe_kernels.ternary_gemm.op import CODE_DTYPES, check_codes, check_contracted, padded_groups, rows_contiguous
+from bitmoe_kernels.ternary_gemm.op import CODE_DTYPES, check_contracted, padded_groups
 from bitmoe_kernels.validation import check_groups
 
 # Shapes: R = rows (token copies, sorted by expert), E = experts, K = contracted features, N = output features,
-#         I = inputs, O = outputs of the linear, G = groups of inputs, P = padded_rows(R, E).
+#         I = inputs, O = outputs of the linear, G = groups of inputs.
 
 
 def _use_grouped_kernel(tensor: torch.Tensor, *widths: int) -> bool:
@@ -160,32 +158,3 @@ def _check_forward(x_codes_RI, x_scale_RG, w_codes_EOI, w_scale, ends_E) -> int:
             f"{list(w_scale.shape)} for {num_groups} groups"
         )
     return num_groups
-
-
-@torch.no_grad()
-def grouped_transpose_codes(codes_RI: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
-    """Transpose activation codes for the weight gradient, each expert's rows where ``grouped_quantize_grad`` puts them.
-
-    Args:
-        codes_RI: int8 or e4m3 [R, I].
-        ends_E: int32 [E], where each expert's rows end.
-
-    Returns:
-        [I, P] of the same type, P = R rounded up to 16, plus 16 for each expert: each expert's rows begin at a multiple
-        of 16 and are followed by zeros up to the next one's; what follows the last expert's is undefined.
-
-    Raises:
-        TypeError: other types of codes, or ends that are not int32.
-        ValueError: codes that are no matrix.
-    """
-    check_ends(ends_E)
-    check_codes(codes_RI)
-    if not codes_RI.is_cuda:
-        return grouped_transpose_codes_reference(codes_RI, ends_E)
-    from bitmoe_kernels.grouped_ternary_gemm import triton_codes
-
-    num_rows, num_inputs = codes_RI.shape
-    columns_IP = codes_RI.new_empty(num_inputs, padded_rows(num_rows, len(ends_E)))
-    codes_RI = rows_contiguous(codes_RI).view(torch.int8)
-    triton_codes.grouped_transpose_codes(codes_RI, ends_E, columns_IP.view(torch.int8))
-    return columns_IP

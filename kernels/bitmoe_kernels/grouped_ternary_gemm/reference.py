@@ -10,9 +10,9 @@ from bitmoe_kernels.ternary_gemm.reference import (
     PADDING,
     float8_matmul_reference,
     padded_length,
-    quantize_columns_reference,
-    quantize_rows_reference,
+    quantize_grad_reference,
     scaled_code_matmul_reference,
+    shifted_columns_reference,
 )
 
 # Shapes: R = rows (token copies, sorted by expert), E = experts, K = contracted features, N = output features,
@@ -126,35 +126,40 @@ def _placed(ends_E: torch.Tensor) -> list[tuple[slice, slice]]:
     return placed
 
 
-def grouped_quantize_rows_reference(
-    dy_RO: torch.Tensor, w_scale_EO: torch.Tensor | None, ends_E: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """README eq. 3: e4m3 rows [R, O] and scale [R, 1]; zeros where no expert has a row."""
-    rows_RO = dy_RO.new_zeros(dy_RO.shape, dtype=torch.float8_e4m3fn)
-    row_scale_R1 = dy_RO.new_zeros(len(dy_RO), 1, dtype=torch.float32)
+def grouped_quantize_grad_reference(
+    dy_RO: torch.Tensor, w_scale_EO: torch.Tensor | None, x_scale_R1: torch.Tensor | None, ends_E: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """README eq. 3: e4m3 [R, O] and scale [R, 1]; with ``x_scale_R1`` powers [R, 1] and [E], too.
+
+    Zeros where no expert has a row.
+    """
+    codes_RO = dy_RO.new_zeros(dy_RO.shape, dtype=torch.float8_e4m3fn)
+    scale_R1, power_R1 = dy_RO.new_zeros(2, len(dy_RO), 1, dtype=torch.float32)
+    largest_E = dy_RO.new_zeros(len(ends_E), dtype=torch.float32)
     for expert, rows in enumerate(expert_slices(ends_E)):
         w_scale_O = None if w_scale_EO is None else w_scale_EO[expert]
-        rows_RO[rows], row_scale_R1[rows] = quantize_rows_reference(dy_RO[rows], w_scale_O)
-    return rows_RO, row_scale_R1
+        x_scale_r1 = None if x_scale_R1 is None else x_scale_R1[rows]
+        codes_RO[rows], scale_R1[rows], *powers = quantize_grad_reference(dy_RO[rows], w_scale_O, x_scale_r1)
+        if powers:
+            power_R1[rows], largest_E[expert] = powers
+    return (codes_RO, scale_R1) if x_scale_R1 is None else (codes_RO, scale_R1, power_R1, largest_E)
 
 
-def grouped_quantize_columns_reference(
-    dy_RO: torch.Tensor, x_scale_R1: torch.Tensor, ends_E: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """README eq. 3: e4m3 columns [O, P] and scale [E, O]; padded ends int32 [E]."""
-    (num_rows, num_outputs), num_experts = dy_RO.shape, len(ends_E)
-    columns_OP = dy_RO.new_zeros(num_outputs, padded_rows(num_rows, num_experts), dtype=torch.float8_e4m3fn)
-    column_scale_EO = dy_RO.new_zeros(num_experts, num_outputs, dtype=torch.float32)
+def grouped_shifted_columns_reference(
+    x_codes_RI: torch.Tensor, power_R1: torch.Tensor, largest_E: torch.Tensor, ends_E: torch.Tensor
+) -> torch.Tensor:
+    """README eq. 5 for each expert: e4m3 [I, P]."""
+    columns_IP = x_codes_RI.new_zeros(x_codes_RI.shape[1], padded_rows(len(x_codes_RI), len(ends_E)))
     for expert, (rows, columns) in enumerate(_placed(ends_E)):
-        codes_Op, scale_O1 = quantize_columns_reference(dy_RO[rows], x_scale_R1[rows])
-        columns_OP[:, columns], column_scale_EO[expert] = codes_Op[:, : rows.stop - rows.start], scale_O1[:, 0]
-    return columns_OP, column_scale_EO, padded_ends_reference(ends_E)
+        columns_Ip = shifted_columns_reference(x_codes_RI[rows], power_R1[rows], largest_E[expert])
+        columns_IP[:, columns] = columns_Ip[:, : rows.stop - rows.start]
+    return columns_IP
 
 
 def grouped_weight_grad_reference(
     columns_OP: torch.Tensor, column_scale_EO: torch.Tensor, x_codes_IP: torch.Tensor, padded_ends_E: torch.Tensor
 ) -> torch.Tensor:
-    """README eq. 5 for each expert: dW bf16 [E, O, I]."""
+    """README eq. 6 for each expert: dW bf16 [E, O, I]."""
     one = column_scale_EO.new_ones(1)
     return torch.stack(
         [

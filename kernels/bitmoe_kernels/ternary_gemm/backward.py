@@ -1,10 +1,12 @@
-"""8-bit backward of a ternary linear: dY is rounded to e4m3, the codes of weights and activations stay exact.
+"""8-bit backward of a ternary linear: dY is rounded to e4m3 once, the codes of weights and activations stay exact.
 
-``quantize_grad`` rounds dY per token for the input gradient and, where asked, per output channel with the token scales
-of the activations folded in, for the weight gradient. Scales then never lie along the contracted dimension. The
-weight gradient is for e4m3 codes (INT4, FP4). For INT8 codes it multiplies in bf16 without rounding: rounding dY to
-int8, too, needs a scale for each block of tokens, and rescaling between blocks costs what the tensor cores gain.
-Its users are plain functions; the autograd function belongs to the layer that owns the linear.
+Each token of dY has a scale. The input gradient contracts outputs and takes it as it is. The weight gradient contracts
+tokens, where no scale may stand between: the token's scale times that of its activations is made a power of 2, which
+the e4m3 codes of the activations (INT4, FP4) take up without rounding. So one rounding serves both products, and what
+the second one needs by column is a transposed copy of bytes.
+
+For INT8 codes, which fill their 8 bits, the weight gradient is a product in the model's dtype, made by the caller.
+The users are plain functions; the autograd function belongs to the layer that owns the linear.
 
 FP8 sums are kept in the tensor cores (``fast_accum``), where they have about 14 significant bits. Simulated over 8192
 tokens, that lets the error grow from 2.65 % of the norm (rounding of dY alone) to 2.70 %.
@@ -14,10 +16,15 @@ from typing import NamedTuple
 
 import torch
 
-from bitmoe_kernels.dispatch import runs_triton, runs_triton_by_row
+from bitmoe_kernels.dispatch import runs_triton_by_row
 from bitmoe_kernels.ternary_gemm.float8_matmul import float8_matmul
-from bitmoe_kernels.ternary_gemm.op import check_codes
-from bitmoe_kernels.ternary_gemm.reference import padded_length, quantize_columns_reference, quantize_rows_reference
+from bitmoe_kernels.ternary_gemm.op import check_codes, rows_contiguous, transpose_codes
+from bitmoe_kernels.ternary_gemm.reference import (
+    LARGEST_SHIFT,
+    padded_length,
+    quantize_grad_reference,
+    shifted_columns_reference,
+)
 from bitmoe_kernels.validation import check_features, check_groups
 
 # Shapes: T = tokens, P = T rounded up to 16, I = inputs, O = outputs of the linear, G = groups of inputs.
@@ -26,56 +33,43 @@ FLOAT8 = torch.float8_e4m3fn
 
 
 class QuantizedGrad(NamedTuple):
-    """dY in the forms its products need; ``x ~ codes * scale``."""
+    """dY as its products take it; ``x ~ codes * scale``."""
 
-    rows_TO: torch.Tensor
+    codes_TO: torch.Tensor
     """e4m3 [T, O]: dY, times the weight scale per output where there is one."""
-    row_scale_T1: torch.Tensor
+    scale_T1: torch.Tensor
     """fp32 [T, 1]."""
-    columns_OP: torch.Tensor | None = None
-    """e4m3 [O, P]: dY times the token scale of the activations, transposed, where asked for."""
-    column_scale_O1: torch.Tensor | None = None
-    """fp32 [O, 1]."""
+    power_T1: torch.Tensor | None = None
+    """fp32 [T, 1]: the scale times that of the token's activations, a power of 2, where that was passed."""
+    largest_1: torch.Tensor | None = None
+    """fp32 [1]: the largest of the powers; Inf where a token is not finite."""
 
 
 @torch.no_grad()
 def quantize_grad(
     dy_TO: torch.Tensor, w_scale_O: torch.Tensor | None = None, x_scale_T1: torch.Tensor | None = None
 ) -> QuantizedGrad:
-    """Round the gradient of a linear's output for one backward product or both (README eq. 2 and 3).
+    """Round the gradient of a linear's output (README eq. 2 and 3).
 
     Args:
         dy_TO: [T, O], bf16, fp16 or fp32.
-        w_scale_O: fp32 [O] where the weights have a scale per output row: folded into the rows. None where
+        w_scale_O: fp32 [O] where the weights have a scale per output row: folded into the codes. None where
             they have one scale, or one per group of inputs: pass it to :func:`input_grad`.
-        x_scale_T1: fp32 [T, 1], the token scales of e4m3 activations: write the columns, too, for :func:`weight_grad`.
+        x_scale_T1: fp32 [T, 1], the token scales of e4m3 activations: prepare for :func:`weight_grad`, too.
 
     Returns:
-        The codes and scales. A row or column that holds NaN or Inf gets a NaN scale and codes 0.
+        The codes and scales. A token that holds NaN or Inf gets a NaN scale and codes 0.
 
     Raises:
         TypeError: ``dy_TO`` not floating point.
         ValueError: shapes that do not fit.
     """
     _check_grad(dy_TO, w_scale_O, x_scale_T1)
-    dy_TO = dy_TO.contiguous()
-    runs = runs_triton_by_row(dy_TO) if x_scale_T1 is None else runs_triton(dy_TO)
-    if not runs:
-        rows = quantize_rows_reference(dy_TO, w_scale_O)
-        return QuantizedGrad(*rows, *(() if x_scale_T1 is None else quantize_columns_reference(dy_TO, x_scale_T1)))
+    if not runs_triton_by_row(dy_TO):
+        return QuantizedGrad(*quantize_grad_reference(dy_TO, w_scale_O, x_scale_T1))
     from bitmoe_kernels.ternary_gemm import triton_grad
 
-    num_tokens, num_outputs = dy_TO.shape
-    rows = dy_TO.new_empty(num_tokens, num_outputs, dtype=FLOAT8), dy_TO.new_empty(num_tokens, 1, dtype=torch.float32)
-    w_scale_O = None if w_scale_O is None else w_scale_O.contiguous()
-    if x_scale_T1 is None:
-        triton_grad.quantize_rows(dy_TO, w_scale_O, None, *rows)
-        return QuantizedGrad(*rows)
-    columns_OP = dy_TO.new_empty(num_outputs, padded_length(num_tokens), dtype=FLOAT8)
-    column_scale_O1 = dy_TO.new_empty(num_outputs, 1, dtype=torch.float32)
-    grad = QuantizedGrad(*rows, columns_OP, column_scale_O1)
-    triton_grad.quantize_rows_and_columns(dy_TO, w_scale_O, x_scale_T1.contiguous(), *grad)
-    return grad
+    return QuantizedGrad(*triton_grad.quantize_grad(dy_TO, w_scale_O, x_scale_T1, None))
 
 
 def _check_grad(dy_TO: torch.Tensor, w_scale_O: torch.Tensor | None, x_scale_T1: torch.Tensor | None) -> None:
@@ -86,7 +80,7 @@ def _check_grad(dy_TO: torch.Tensor, w_scale_O: torch.Tensor | None, x_scale_T1:
     if w_scale_O is not None and w_scale_O.shape != (num_outputs,):
         raise ValueError(f"w_scale has shape {list(w_scale_O.shape)}: it must have one value for each of {num_outputs}")
     if x_scale_T1 is not None and x_scale_T1.shape != (num_tokens, 1):
-        raise ValueError(f"x_scale of shape {list(x_scale_T1.shape)} must be [{num_tokens}, 1]: columns need one group")
+        raise ValueError(f"x_scale of shape {list(x_scale_T1.shape)} must be [{num_tokens}, 1]: it needs one group")
 
 
 @torch.no_grad()
@@ -109,36 +103,49 @@ def input_grad(
         TypeError: weight codes that are not e4m3.
         ValueError: shapes that do not fit.
     """
-    check_codes(grad.rows_TO, w_codes_IO)
-    num_inputs, num_outputs = len(w_codes_IO), grad.rows_TO.shape[1]
+    check_codes(grad.codes_TO, w_codes_IO)
+    num_inputs, num_outputs = len(w_codes_IO), grad.codes_TO.shape[1]
     if w_codes_IO.shape[1] not in {num_outputs, padded_length(num_outputs)}:
         raise ValueError(f"w_codes of shape {list(w_codes_IO.shape)} must be [I, O] with O = {num_outputs}")
-    w_scale = grad.row_scale_T1.new_ones(1) if w_scale is None else w_scale
+    w_scale = grad.scale_T1.new_ones(1) if w_scale is None else w_scale
     check_groups(len(w_scale), num_inputs, "inputs")
     w_scale_I = w_scale.unsqueeze(1).expand(-1, num_inputs // len(w_scale)).flatten()
-    return float8_matmul(grad.rows_TO, grad.row_scale_T1, w_codes_IO[:, :num_outputs], w_scale_I, fast_accum=fast_accum)
+    return float8_matmul(grad.codes_TO, grad.scale_T1, w_codes_IO[:, :num_outputs], w_scale_I, fast_accum=fast_accum)
 
 
 @torch.no_grad()
-def weight_grad(grad: QuantizedGrad, x_codes_IP: torch.Tensor, *, fast_accum: bool = True) -> torch.Tensor:
-    """Gradient of a linear's weight: dW = dY^T @ X with exact activation codes (README eq. 5).
+def weight_grad(
+    grad: QuantizedGrad, x_codes_TI: torch.Tensor, w_scale_O: torch.Tensor | None = None, *, fast_accum: bool = True
+) -> torch.Tensor:
+    """Gradient of a linear's weight: dW = dY^T @ X with exact activation codes (README eq. 5 and 6).
 
     Args:
-        grad: from :func:`quantize_grad`, with columns.
-        x_codes_IP: transposed activation codes, e4m3 [I, P], from ``transpose_codes``.
+        grad: from :func:`quantize_grad`, with the token scales of the activations.
+        x_codes_TI: activation codes, e4m3 [T, I].
+        w_scale_O: fp32 [O], as given to :func:`quantize_grad`; None where none was.
         fast_accum: see the module.
 
     Returns:
-        bf16 [O, I].
+        bf16 [O, I]; NaN where a token of dY was not finite.
 
     Raises:
         TypeError: activation codes that are not e4m3.
-        ValueError: a gradient without columns, or shapes that do not fit.
+        ValueError: a gradient rounded without the activations' scales, or shapes that do not fit.
     """
-    if grad.columns_OP is None:
-        raise ValueError("the gradient was rounded by row only: pass x_scale to quantize_grad")
-    check_codes(grad.columns_OP, x_codes_IP)
-    if x_codes_IP.shape[1] != grad.columns_OP.shape[1]:
-        raise ValueError(f"x_codes of shape {list(x_codes_IP.shape)} must be [I, {grad.columns_OP.shape[1]}]")
-    one = grad.row_scale_T1.new_ones(1)
-    return float8_matmul(grad.columns_OP, grad.column_scale_O1, x_codes_IP, one, fast_accum=fast_accum)
+    if grad.power_T1 is None:
+        raise ValueError("the gradient was rounded for the input gradient alone: pass x_scale to quantize_grad")
+    check_codes(grad.codes_TO, x_codes_TI)
+    (num_tokens, num_outputs), num_inputs = grad.codes_TO.shape, x_codes_TI.shape[1]
+    if len(x_codes_TI) != num_tokens:
+        raise ValueError(f"x_codes of shape {list(x_codes_TI.shape)} must be [{num_tokens}, I]")
+    if not x_codes_TI.is_cuda:
+        x_columns_IP = shifted_columns_reference(x_codes_TI, grad.power_T1, grad.largest_1)
+    else:
+        from bitmoe_kernels.ternary_gemm import triton_grad
+
+        x_columns_IP = x_codes_TI.new_empty(num_inputs, padded_length(num_tokens))
+        triton_grad.shifted_columns(rows_contiguous(x_codes_TI), grad.power_T1, grad.largest_1, x_columns_IP)
+    scale_1 = grad.largest_1 / LARGEST_SHIFT
+    scale_O1 = (scale_1 if w_scale_O is None else scale_1 / w_scale_O).expand(num_outputs).unsqueeze(1)
+    one = grad.scale_T1.new_ones(1)
+    return float8_matmul(transpose_codes(grad.codes_TO), scale_O1, x_columns_IP, one, fast_accum=fast_accum)

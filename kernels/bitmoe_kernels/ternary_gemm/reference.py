@@ -13,7 +13,10 @@ import torch
 
 PADDING = 16
 MIN_ABSMAX = 1e-30
+MIN_POWER = 2.0**-100
 E4M3_LEVELS = 448.0
+# Up to 5 bits: the largest 4-bit code, 8 (FP4: 12), stays within e4m3. Down to 9 bits below 1 integers lose nothing.
+LARGEST_SHIFT = 32.0
 
 
 def code_matmul_reference(x_BTK: torch.Tensor, w_BNK: torch.Tensor) -> torch.Tensor:
@@ -65,27 +68,43 @@ def transpose_codes_reference(codes_RC: torch.Tensor) -> torch.Tensor:
     return pad_last(byte_view.T, padded_length(len(codes_RC))).contiguous().view(codes_RC.dtype)
 
 
-def quantize_rows_reference(dy_TO: torch.Tensor, w_scale_O: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """README eq. 2: e4m3 rows [T, O] and scale [T, 1]."""
+def quantize_grad_reference(
+    dy_TO: torch.Tensor, w_scale_O: torch.Tensor | None, x_scale_T1: torch.Tensor | None
+) -> tuple[torch.Tensor, ...]:
+    """README eq. 2: e4m3 codes [T, O] and scale [T, 1]; with ``x_scale_T1`` eq. 3, and powers [T, 1] and [1], too."""
     dy_TO = dy_TO.float()
-    return _round(dy_TO if w_scale_O is None else dy_TO * w_scale_O)
+    dy_TO = dy_TO if w_scale_O is None else dy_TO * w_scale_O
+    absmax_T1 = dy_TO.abs().amax(-1, keepdim=True)
+    is_finite_T1 = absmax_T1.isfinite()
+    if x_scale_T1 is None:
+        absmax_T1 = absmax_T1.clamp(min=MIN_ABSMAX)
+        levels_T1 = torch.full_like(absmax_T1, E4M3_LEVELS)
+        return _codes(dy_TO, levels_T1 / absmax_T1, is_finite_T1), _or_nan(absmax_T1 / levels_T1, is_finite_T1)
+    power_T1 = _next_power_of_2(absmax_T1 * x_scale_T1 / E4M3_LEVELS).where(is_finite_T1, float("inf"))
+    # Not of an empty tensor.
+    largest_1 = torch.cat([power_T1.flatten(), power_T1.new_zeros(1)]).amax(0, keepdim=True)
+    codes_TO = _codes(dy_TO, x_scale_T1 / power_T1, is_finite_T1)
+    return codes_TO, _or_nan(power_T1 / x_scale_T1, is_finite_T1), power_T1, largest_1
 
 
-def quantize_columns_reference(dy_TO: torch.Tensor, x_scale_T1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """README eq. 3: e4m3 columns [O, P] and scale [O, 1]."""
-    num_padded = padded_length(len(dy_TO))
-    # A zero moves no maximum, and there is one of no token.
-    codes, scale_O1 = _round(pad_last((dy_TO.float() * x_scale_T1).T, max(num_padded, 1)))
-    return codes[:, :num_padded], scale_O1
+def _codes(x: torch.Tensor, reciprocal: torch.Tensor, is_finite: torch.Tensor) -> torch.Tensor:
+    return torch.where(is_finite, x * reciprocal, 0.0).to(torch.float8_e4m3fn)
 
 
-def _round(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and scale [..., 1] of the last dimension by largest magnitude; NaN and codes 0 where that is not finite."""
-    absmax = x.abs().amax(-1, keepdim=True).clamp(min=MIN_ABSMAX)
-    levels = torch.full_like(absmax, E4M3_LEVELS)
-    codes = torch.where(absmax.isfinite(), x * (levels / absmax), 0.0)
-    scale = (absmax / levels).masked_fill(~absmax.isfinite(), float("nan"))
-    return codes.to(torch.float8_e4m3fn), scale
+def _or_nan(scale: torch.Tensor, is_finite: torch.Tensor) -> torch.Tensor:
+    return scale.masked_fill(~is_finite, float("nan"))
+
+
+def _next_power_of_2(x: torch.Tensor) -> torch.Tensor:
+    """The smallest power of 2 that is below neither fp32 ``x`` nor MIN_POWER."""
+    bits = x.clamp(min=MIN_POWER).view(torch.int32)
+    return ((bits + 0x7FFFFF) & 0x7F800000).view(torch.float32)
+
+
+def shifted_columns_reference(x_codes_TI: torch.Tensor, power_T1: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+    """README eq. 5: e4m3 [I, P], activation codes times a power of 2 for each token; ``largest`` is [1] or [T, 1]."""
+    shift_T1 = power_T1 * LARGEST_SHIFT / largest
+    return transpose_codes_reference((x_codes_TI.float() * shift_T1).to(torch.float8_e4m3fn))
 
 
 def pad_last(x: torch.Tensor, length: int) -> torch.Tensor:

@@ -1,11 +1,10 @@
-"""Triton kernels that round dY to e4m3: by row alone, or by row and by column.
+"""Triton kernels of the 8-bit backward: dY rounded to e4m3 by token, and activation codes shifted and transposed.
 
-What      By row alone: whole rows in registers (the tiles of ``act_quant``), so that dY is read once. By column, too:
-          the scale of a column spans all tokens, which no tile can know on its own, hence two reads of tiles of
-          128 x 128, largest magnitudes and then codes.
-Contract  dY bf16, fp16 or fp32, scales fp32, all contiguous; outputs are allocated by the caller.
+What      dY: whole rows in registers (the tiles of ``act_quant``), so that it is read once; also for rows sorted by
+          expert. Activations: tiles of 128 x 128, as ``transpose_codes``.
+Contract  dY bf16, fp16 or fp32, scales fp32, codes e4m3; rows past ``ends_E[-1]`` are neither read nor written.
 Numerics  the bits of reference.py.
-Not here  checks and dispatch (backward.py); dY of routed experts by column (grouped_ternary_gemm/triton_codes.py).
+Not here  checks and dispatch (backward.py); columns of routed experts (grouped_ternary_gemm/triton_codes.py).
 """
 
 import torch
@@ -15,18 +14,21 @@ import triton.language as tl
 from bitmoe_kernels.act_quant.triton_kernels import (
     IS_INTERPRETED,
     float8_bytes,
+    float8_numbers,
     row_tile,
     store_row_codes,
     tile_offsets,
     to_float32,
 )
-from bitmoe_kernels.ternary_gemm.reference import E4M3_LEVELS, MIN_ABSMAX
+from bitmoe_kernels.ternary_gemm.reference import E4M3_LEVELS, LARGEST_SHIFT, MIN_ABSMAX, MIN_POWER
 from bitmoe_kernels.ternary_gemm.triton_kernels import COPY_TILE
 
-# Shapes: T = tokens, P = T padded with zeros, O = outputs, E = experts.
+# Shapes: T = tokens or rows sorted by expert, P = T padded with zeros, I = inputs, O = outputs, E = experts.
 
 _LEVELS = tl.constexpr(E4M3_LEVELS)
 _MIN_ABSMAX = tl.constexpr(MIN_ABSMAX)
+_MIN_POWER = tl.constexpr(MIN_POWER)
+_LARGEST_SHIFT = tl.constexpr(LARGEST_SHIFT)
 
 
 @triton.jit
@@ -47,6 +49,17 @@ def e4m3_scale(absmax):
 
 
 @triton.jit
+def power_scale(absmax, x_scale):
+    """The scale that times ``x_scale`` is a power of 2, its reciprocal, the power; NaN, 0, Inf where absmax is Inf."""
+    least = tl.div_rn(absmax * x_scale, tl.full(absmax.shape, _LEVELS, tl.float32))
+    bits = tl.maximum(least, _MIN_POWER).to(tl.int32, bitcast=True)
+    power = ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+    is_finite = absmax < float("inf")
+    power = tl.where(is_finite, power, float("inf"))
+    return tl.where(is_finite, tl.div_rn(power, x_scale), float("nan")), tl.div_rn(x_scale, power), power
+
+
+@triton.jit
 def e4m3_bytes(x):
     """The bytes, as int8, of fp32 ``x`` rounded half to even to e4m3; NaN has no meaning."""
     if IS_INTERPRETED:
@@ -59,12 +72,28 @@ def e4m3_bytes(x):
 
 
 @triton.jit
-def _quantize_rows_kernel(
+def shifted_bytes(codes, shift):
+    """The bytes of e4m3 codes (as int8) of integers times ``shift``, a power of 2 that broadcasts."""
+    return e4m3_bytes(float8_numbers(codes) * shift)
+
+
+@triton.jit
+def code_shift(power_ptrs, largest, mask):
+    """What the codes of tokens are multiplied by: ``power`` in units of which the largest is LARGEST_SHIFT."""
+    power = tl.load(power_ptrs, mask=mask, other=0.0)
+    return tl.div_rn(power * _LARGEST_SHIFT, tl.broadcast_to(largest, power.shape))
+
+
+@triton.jit
+def _quantize_grad_kernel(
     dy_ptr,
     w_scale_ptr,
+    x_scale_ptr,
     ends_ptr,
-    rows_ptr,
-    row_scale_ptr,
+    codes_ptr,
+    scale_ptr,
+    power_ptr,
+    largest_ptr,
     num_rows,
     num_experts,
     NUM_OUTPUTS: tl.constexpr,
@@ -75,152 +104,106 @@ def _quantize_rows_kernel(
     if EXPERTS is not None:
         num_rows = tl.load(ends_ptr + num_experts - 1)
     rows, mask_rows, offs, mask = tile_offsets(num_rows, NUM_OUTPUTS, BLOCK_ROWS, BLOCK_FEATURES)
+    expert = tl.zeros((BLOCK_ROWS,), dtype=tl.int32)
+    if EXPERTS is not None:
+        offs_e = tl.arange(0, EXPERTS)
+        ends = tl.load(ends_ptr + offs_e, mask=offs_e < num_experts, other=0x7FFFFFFF)
+        expert = tl.sum((ends[None, :] <= rows[:, None]).to(tl.int32), axis=1)
     dy = to_float32(tl.load(dy_ptr + offs, mask=mask, other=0.0))
     if w_scale_ptr is not None:
-        first = tl.zeros((BLOCK_ROWS,), dtype=tl.int64)
-        if EXPERTS is not None:
-            offs_e = tl.arange(0, EXPERTS)
-            ends = tl.load(ends_ptr + offs_e, mask=offs_e < num_experts, other=0x7FFFFFFF)
-            first += tl.sum((ends[None, :] <= rows[:, None]).to(tl.int32), axis=1) * NUM_OUTPUTS
-        offs_w = first[:, None] + tl.arange(0, BLOCK_FEATURES)[None, :]
+        offs_w = (expert.to(tl.int64) * NUM_OUTPUTS)[:, None] + tl.arange(0, BLOCK_FEATURES)[None, :]
         dy *= tl.load(w_scale_ptr + offs_w, mask=mask, other=0.0)
-    scale, reciprocal = e4m3_scale(largest_magnitude(dy, 1))
-    tl.store(row_scale_ptr + rows, scale, mask=mask_rows)
-    store_row_codes(rows_ptr + offs, e4m3_bytes(dy * reciprocal[:, None]), scale, mask)
+    absmax = largest_magnitude(dy, 1)
+    if x_scale_ptr is None:
+        scale, reciprocal = e4m3_scale(absmax)
+    else:
+        scale, reciprocal, power = power_scale(absmax, tl.load(x_scale_ptr + rows, mask=mask_rows, other=1.0))
+        tl.store(power_ptr + rows, power, mask=mask_rows)
+        tl.atomic_max(largest_ptr + expert, power, mask=mask_rows, sem="relaxed")
+    tl.store(scale_ptr + rows, scale, mask=mask_rows)
+    store_row_codes(codes_ptr + offs, e4m3_bytes(dy * reciprocal[:, None]), scale, mask)
 
 
-def quantize_rows(
+def quantize_grad(
     dy_TO: torch.Tensor,
     w_scale: torch.Tensor | None,
+    x_scale_T1: torch.Tensor | None,
     ends_E: torch.Tensor | None,
-    rows_TO: torch.Tensor,
-    row_scale_T1: torch.Tensor,
-) -> None:
-    """Write e4m3 codes and scales of rows, times ``w_scale`` [O], or [E, O] where ``ends_E`` says whose rows they are.
+) -> tuple[torch.Tensor, ...]:
+    """Codes e4m3 [T, O] and scale [T, 1] of dY times ``w_scale``, [O] or (``ends_E`` says whose rows they are) [E, O].
 
-    Rows past ``ends_E[-1]`` are neither read nor written.
+    With ``x_scale_T1`` also the powers [T, 1] and the largest of each expert [E], or of all [1].
     """
+    dy_TO = dy_TO.contiguous()
     num_rows, num_outputs = dy_TO.shape
-    if not num_rows:
-        return
-    tile = row_tile(num_outputs)
-    _quantize_rows_kernel[(triton.cdiv(num_rows, tile["BLOCK_ROWS"]),)](
-        dy_TO,
-        w_scale,
-        ends_E,
-        rows_TO.view(torch.int8),
-        row_scale_T1,
-        num_rows,
-        0 if ends_E is None else len(ends_E),
-        NUM_OUTPUTS=num_outputs,
-        EXPERTS=None if ends_E is None else triton.next_power_of_2(len(ends_E)),
-        **tile,
-    )
+    codes_TO = torch.empty(num_rows, num_outputs, dtype=torch.int8, device=dy_TO.device)
+    scale_T1, power_T1, largest = torch.empty(num_rows, 1, dtype=torch.float32, device=dy_TO.device), None, None
+    num_experts = 0 if ends_E is None else len(ends_E)
+    if x_scale_T1 is not None:
+        x_scale_T1, power_T1 = x_scale_T1.contiguous(), torch.empty_like(scale_T1)
+        largest = torch.zeros(max(1, num_experts), dtype=torch.float32, device=dy_TO.device)
+    if num_rows:
+        tile = row_tile(num_outputs)
+        with torch.cuda.device_of(dy_TO):
+            _quantize_grad_kernel[(triton.cdiv(num_rows, tile["BLOCK_ROWS"]),)](
+                dy_TO,
+                None if w_scale is None else w_scale.contiguous(),
+                x_scale_T1,
+                ends_E,
+                codes_TO,
+                scale_T1,
+                power_T1,
+                largest,
+                num_rows,
+                num_experts,
+                NUM_OUTPUTS=num_outputs,
+                EXPERTS=None if ends_E is None else triton.next_power_of_2(num_experts),
+                **tile,
+            )
+    grad = codes_TO.view(torch.float8_e4m3fn), scale_T1
+    return grad if x_scale_T1 is None else (*grad, power_T1, largest)
 
 
 @triton.jit
-def load_tile(dy_ptr, offs_t, offs_o, mask_t, mask_o, num_outputs):
-    """A tile [T, O] of dY in fp32."""
-    # Not ``to_float32``: Triton transposes the 16 bits by whole matrices, but not across inline assembly.
-    ptrs = dy_ptr + offs_t[:, None].to(tl.int64) * num_outputs + offs_o[None, :]
-    return tl.load(ptrs, mask=mask_t[:, None] & mask_o[None, :], other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _grad_absmax_kernel(
-    dy_ptr,
-    w_scale_ptr,
-    x_scale_ptr,
-    row_absmax_ptr,
-    column_absmax_ptr,
+def _shifted_columns_kernel(
+    codes_ptr,
+    power_ptr,
+    largest_ptr,
+    columns_ptr,
     num_tokens,
-    num_outputs,
+    num_inputs,
+    padded_tokens,
+    stride,
     BLOCK: tl.constexpr,
 ):
     offs_t = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    offs_o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    offs_i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask_t = offs_t < num_tokens
-    mask_o = offs_o < num_outputs
-    dy = load_tile(dy_ptr, offs_t, offs_o, mask_t, mask_o, num_outputs)
-    rows = dy
-    if w_scale_ptr is not None:
-        rows = dy * tl.load(w_scale_ptr + offs_o, mask=mask_o, other=0.0)[None, :]
-    tl.atomic_max(row_absmax_ptr + offs_t, largest_magnitude(rows, 1), mask=mask_t, sem="relaxed")
-    columns = dy * tl.load(x_scale_ptr + offs_t, mask=mask_t, other=0.0)[:, None]
-    tl.atomic_max(column_absmax_ptr + offs_o, largest_magnitude(columns, 0), mask=mask_o, sem="relaxed")
+    shift = code_shift(power_ptr + offs_t, tl.load(largest_ptr), mask_t)
+    ptrs = codes_ptr + offs_t[:, None].to(tl.int64) * stride + offs_i[None, :]
+    codes = tl.load(ptrs, mask=mask_t[:, None] & (offs_i < num_inputs)[None, :], other=0)
+    column_ptrs = columns_ptr + offs_i[:, None].to(tl.int64) * padded_tokens + offs_t[None, :]
+    mask = (offs_i < num_inputs)[:, None] & (offs_t < padded_tokens)[None, :]
+    tl.store(column_ptrs, tl.trans(shifted_bytes(codes, shift[:, None])), mask=mask)
 
 
-@triton.jit
-def tile_codes(x, reciprocal):
-    """Bytes of e4m3 codes of ``x``; 0 where the reciprocal of the scale is 0."""
-    return e4m3_bytes(tl.where(reciprocal > 0, x * reciprocal, 0.0))
-
-
-@triton.jit
-def _quantize_grad_kernel(
-    dy_ptr,
-    w_scale_ptr,
-    x_scale_ptr,
-    row_absmax_ptr,
-    column_absmax_ptr,
-    rows_ptr,
-    row_scale_ptr,
-    columns_ptr,
-    column_scale_ptr,
-    num_tokens,
-    num_outputs,
-    padded_tokens,
-    BLOCK: tl.constexpr,
-):
-    pid_o = tl.program_id(0)
-    pid_t = tl.program_id(1)
-    offs_t = pid_t * BLOCK + tl.arange(0, BLOCK)
-    offs_o = pid_o * BLOCK + tl.arange(0, BLOCK)
-    mask_t = offs_t < num_tokens
-    mask_o = offs_o < num_outputs
-    dy = load_tile(dy_ptr, offs_t, offs_o, mask_t, mask_o, num_outputs)
-    rows = dy
-    if w_scale_ptr is not None:
-        rows = dy * tl.load(w_scale_ptr + offs_o, mask=mask_o, other=0.0)[None, :]
-    scale, reciprocal = e4m3_scale(tl.load(row_absmax_ptr + offs_t, mask=mask_t, other=0.0))
-    row_ptrs = rows_ptr + offs_t[:, None].to(tl.int64) * num_outputs + offs_o[None, :]
-    tl.store(row_ptrs, tile_codes(rows, reciprocal[:, None]), mask=mask_t[:, None] & mask_o[None, :])
-    if pid_o == 0:
-        tl.store(row_scale_ptr + offs_t, scale, mask=mask_t)
-    columns = dy * tl.load(x_scale_ptr + offs_t, mask=mask_t, other=0.0)[:, None]
-    scale, reciprocal = e4m3_scale(tl.load(column_absmax_ptr + offs_o, mask=mask_o, other=0.0))
-    column_ptrs = columns_ptr + offs_o[:, None].to(tl.int64) * padded_tokens + offs_t[None, :]
-    mask = mask_o[:, None] & (offs_t < padded_tokens)[None, :]
-    tl.store(column_ptrs, tl.trans(tile_codes(columns, reciprocal[None, :])), mask=mask)
-    if pid_t == 0:
-        tl.store(column_scale_ptr + offs_o, scale, mask=mask_o)
-
-
-def quantize_rows_and_columns(
-    dy_TO: torch.Tensor,
-    w_scale_O: torch.Tensor | None,
-    x_scale_T1: torch.Tensor,
-    rows_TO: torch.Tensor,
-    row_scale_T1: torch.Tensor,
-    columns_OP: torch.Tensor,
-    column_scale_O1: torch.Tensor,
+def shifted_columns(
+    codes_TI: torch.Tensor, power_T1: torch.Tensor, largest_1: torch.Tensor, columns_IP: torch.Tensor
 ) -> None:
-    """Write e4m3 codes and scales of rows, times ``w_scale_O``, and of columns, times ``x_scale_T1``."""
-    num_tokens, num_outputs = dy_TO.shape
-    padded_tokens = columns_OP.shape[1]
-    absmax = dy_TO.new_zeros(num_tokens + num_outputs, dtype=torch.float32)
-    inputs = (dy_TO, w_scale_O, x_scale_T1, absmax[:num_tokens], absmax[num_tokens:])
-    grid = (triton.cdiv(num_outputs, COPY_TILE), max(1, triton.cdiv(padded_tokens, COPY_TILE)))
-    _grad_absmax_kernel[grid](*inputs, num_tokens, num_outputs, BLOCK=COPY_TILE, num_warps=8)
-    _quantize_grad_kernel[grid](
-        *inputs,
-        rows_TO.view(torch.int8),
-        row_scale_T1,
-        columns_OP.view(torch.int8),
-        column_scale_O1,
-        num_tokens,
-        num_outputs,
-        padded_tokens,
-        BLOCK=COPY_TILE,
-        num_warps=8,
-    )
+    """Write e4m3 codes, times a power of 2 for each token, transposed and padded with zeros."""
+    (num_tokens, num_inputs), padded_tokens = codes_TI.shape, columns_IP.shape[1]
+    grid = (triton.cdiv(num_inputs, COPY_TILE), triton.cdiv(padded_tokens, COPY_TILE))
+    if grid[0] * grid[1]:
+        with torch.cuda.device_of(codes_TI):
+            _shifted_columns_kernel[grid](
+                codes_TI.view(torch.int8),
+                power_T1,
+                largest_1,
+                columns_IP.view(torch.int8),
+                num_tokens,
+                num_inputs,
+                padded_tokens,
+                codes_TI.stride(0),
+                BLOCK=COPY_TILE,
+                num_warps=8,
+            )
