@@ -11,12 +11,20 @@ import torch
 
 from bitmoe.config.schema import Activation
 from bitmoe.layers.activation import gated_activation
-from bitmoe.layers.code_product import gradients, scaled_product
+from bitmoe.layers.code_product import activated_gradients, gradients, scaled_product
 from bitmoe.layers.collectives import gather_first_dim, sum_over_ranks
 from bitmoe.layers.context import LayerContext
 from bitmoe.layers.norm import SubNorm
 from bitmoe.layers.plain_product import PlainColumnProduct, PlainRowProduct
-from bitmoe.layers.quantize_input import Quantized, activate_groups, normalize_groups, quantize_groups, quantize_rows
+from bitmoe.layers.quantize_input import (
+    DownInput,
+    Quantized,
+    normalize_groups,
+    quantize_groups,
+    quantize_rows,
+    stand_in,
+    without_code_gradients,
+)
 from bitmoe.layers.sharding import ShardedParameters, mark_tensor_parallel
 from bitmoe.quant.policy import split_groups
 from bitmoe.quant.ternary_codes import CodeCache, absmean_columns, absmean_rows
@@ -62,10 +70,24 @@ class ColumnBitLinear(torch.nn.Module, ShardedParameters):
         """Multiply [S, B, H] (or this rank's [S/tp, B, H] under sequence parallelism) into [S, B, O]."""
         if not self.policy.is_ternary:
             return PlainColumnProduct.apply(x_SBH, self.weight.flatten(0, -2), self.groups.tp, self.sequence_parallel)
+        return _ColumnProduct.apply(*self._operands(x_SBH), self.groups.tp, self.sequence_parallel)
+
+    def activated(self, x_SBH: Quantized | torch.Tensor, gain_F: torch.Tensor | None, down: DownInput) -> Quantized:
+        """Multiply into gate and up, and make down's input of them: [S, B, H] into [S, B, F].
+
+        Args:
+            x_SBH: as in ``forward``; weights are quantized.
+            gain_F: of the sub-norm in front of down; None without one.
+            down: what comes between.
+        """
+        where = self.groups.tp, self.sequence_parallel
+        return Quantized(*_ActivatedProduct.apply(*self._operands(x_SBH), gain_F, down, *where))
+
+    def _operands(self, x_SBH: Quantized | torch.Tensor) -> tuple:
+        """Input, weight and the weight's codes."""
         if isinstance(x_SBH, torch.Tensor):
             x_SBH = quantize_rows(x_SBH, self.role, self.policy)
-        operands = self.cache.operands(x_SBH.codes_TD.dtype, self.policy.is_backward_8bit)
-        return _ColumnProduct.apply(*x_SBH, self.weight, operands, self.groups.tp, self.sequence_parallel)
+        return *x_SBH, self.weight, self.cache.operands(x_SBH.codes_TD.dtype, self.policy.is_backward_8bit)
 
 
 def group_ids(projection_O: torch.Tensor, num_groups: int) -> torch.Tensor:
@@ -82,12 +104,9 @@ class _ColumnProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, carrier_SBH, codes_SBH, scale_SB1, weight, operands, group, sequence_parallel):
-        ctx.group, ctx.sequence_parallel, ctx.operands = group, sequence_parallel, operands
-        ctx.weight_shape = weight.shape
+        ctx.group, ctx.sequence_parallel = group, sequence_parallel
         ctx.save_for_backward(codes_SBH, scale_SB1)
-        codes_SBH, scale_SB1 = _gathered(ctx, codes_SBH), _gathered(ctx, scale_SB1)
-        y_TO = scaled_product(codes_SBH.flatten(0, -2), scale_SB1.flatten(0, -2), operands, carrier_SBH.dtype)
-        return y_TO.view(*scale_SB1.shape[:-1], -1)
+        return _gather_and_multiply(ctx, carrier_SBH, codes_SBH, scale_SB1, weight, operands)
 
     @staticmethod
     def backward(ctx, grad_SBO):
@@ -96,6 +115,43 @@ class _ColumnProduct(torch.autograd.Function):
         grad_x_SBH = grad_x_TH.view(*grad_SBO.shape[:-1], -1)
         grad_x_SBH = sum_over_ranks(grad_x_SBH, ctx.group, scatter=ctx.sequence_parallel)
         return grad_x_SBH, None, None, grad_weight.view(ctx.weight_shape), *[None] * 3
+
+
+def _gather_and_multiply(ctx, carrier_SBH, codes_SBH, scale_SB1, weight, operands) -> torch.Tensor:
+    """The product [S, B, O]; ``ctx`` keeps what the backward needs beside tensors."""
+    ctx.operands, ctx.weight_shape = operands, weight.shape
+    codes_SBH, scale_SB1 = _gathered(ctx, codes_SBH), _gathered(ctx, scale_SB1)
+    y_TO = scaled_product(codes_SBH.flatten(0, -2), scale_SB1.flatten(0, -2), operands, carrier_SBH.dtype)
+    return y_TO.view(*scale_SB1.shape[:-1], -1)
+
+
+class _ActivatedProduct(torch.autograd.Function):
+    """``_ColumnProduct`` of gate and up, and the quantized input of down; the backward activates again."""
+
+    @staticmethod
+    def forward(
+        ctx, carrier_SBH, codes_SBH, scale_SB1, weight, operands, gain_F, down: DownInput, group, sequence_parallel
+    ):
+        ctx.group, ctx.sequence_parallel = group, sequence_parallel
+        gate_up_SB2F = _gather_and_multiply(ctx, carrier_SBH, codes_SBH, scale_SB1, weight, operands)
+        codes_SBF, scale_SBG, rstd_SBG = down.quantize(gate_up_SB2F, gain_F)
+        ctx.num_groups = down.num_groups
+        ctx.save_for_backward(codes_SBH, scale_SB1, gate_up_SB2F, gain_F, rstd_SBG)
+        without_code_gradients(ctx, codes_SBF, scale_SBG)
+        return stand_in(gate_up_SB2F, codes_SBF.shape), codes_SBF, scale_SBG
+
+    @staticmethod
+    def backward(ctx, grad_SBF, *unused):
+        codes_SBH, scale_SB1, gate_up_SB2F, gain_F, rstd_SBG = ctx.saved_tensors
+        codes_TH, scale_T1 = (_gathered(ctx, saved).flatten(0, -2) for saved in (codes_SBH, scale_SB1))
+        rstd_TG = None if rstd_SBG is None else rstd_SBG.flatten(0, -2)
+        activation = gate_up_SB2F.flatten(0, -2), gain_F, rstd_TG
+        product = codes_TH, scale_T1, ctx.operands, ctx.num_groups
+        grad_x_TH, grad_weight, grad_gain_F = activated_gradients(grad_SBF.flatten(0, -2), *activation, *product)
+        grad_x_SBH = grad_x_TH.view(*grad_SBF.shape[:-1], -1)
+        grad_x_SBH = sum_over_ranks(grad_x_SBH, ctx.group, scatter=ctx.sequence_parallel)
+        grad_gain_F = None if gain_F is None else grad_gain_F.to(gain_F.dtype)
+        return grad_x_SBH, None, None, grad_weight.view(ctx.weight_shape), None, grad_gain_F, *[None] * 3
 
 
 def _gathered(ctx, x_SB: torch.Tensor) -> torch.Tensor:
@@ -143,36 +199,38 @@ class RowBitLinear(torch.nn.Module, ShardedParameters):
     def _with_scales(self):
         return absmean_columns(self.weight, self.num_groups, self.reduce_group)
 
-    def forward(self, x_SBF: torch.Tensor) -> torch.Tensor:
+    def whole_down_input(self) -> tuple[torch.Tensor | None, DownInput] | None:
+        """Gain of the sub-norm and what else makes this linear's input of gate and up; None where it is made here."""
+        is_whole = self.policy.is_ternary and self.reduce_group is None
+        if not is_whole or self.activation is not Activation.relu2_glu:
+            return None
+        gain_F, eps = self._gain()
+        return gain_F, DownInput(eps, self.policy, self.num_groups)
+
+    def forward(self, x_SBF: Quantized | torch.Tensor) -> torch.Tensor:
         """Multiply features [S, B, F] (or 2F), add over ranks: [S, B, H], or [S/tp, B, H] (sequence parallel)."""
         group, is_scattered, deterministic = self.groups.tp, self.sequence_parallel, self.policy.deterministic
         if not self.policy.is_ternary:
-            x_SBF = self._normalized(x_SBF)
+            x_SBF = self._activated(x_SBF)
+            x_SBF = x_SBF if self.sub_norm is None else self.sub_norm(x_SBF)
             return PlainRowProduct.apply(x_SBF, self.weight, group, is_scattered, deterministic)
         operands = self.cache.operands(torch.int8, self.policy.is_backward_8bit)
-        return _RowProduct.apply(
-            *self._quantized(x_SBF), self.weight, operands, group, self.reduce_group, is_scattered, deterministic
-        )
-
-    def _normalized(self, x_SBF: torch.Tensor) -> torch.Tensor:
-        """Activation and sub-norm, where there are such."""
-        x_SBF = self._activated(x_SBF)
-        return x_SBF if self.sub_norm is None else self.sub_norm(x_SBF)
+        x_SBF = x_SBF if isinstance(x_SBF, Quantized) else self._quantized(x_SBF)
+        return _RowProduct.apply(*x_SBF, self.weight, operands, group, self.reduce_group, is_scattered, deterministic)
 
     def _activated(self, x_SBF: torch.Tensor) -> torch.Tensor:
         return x_SBF if self.activation is None else gated_activation(self.activation, x_SBF)
 
     def _quantized(self, x_SBF: torch.Tensor) -> Quantized:
-        """The same and quantization, in one kernel where this rank holds whole groups."""
-        where = (self.role, self.policy, self.num_groups)
-        if self.reduce_group is not None:
-            return quantize_groups(self._normalized(x_SBF), *where, self.reduce_group)
-        norm = self.sub_norm
-        gain, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
-        if self.activation is Activation.relu2_glu:
-            return activate_groups(x_SBF, gain, eps, *where)
-        x_SBF = self._activated(x_SBF)
-        return quantize_groups(x_SBF, *where, None) if norm is None else normalize_groups(x_SBF, gain, eps, *where)
+        """Activation, sub-norm and quantization; the last two in one kernel where this rank holds whole groups."""
+        x_SBF, where = self._activated(x_SBF), (self.role, self.policy, self.num_groups)
+        if self.sub_norm is not None and self.reduce_group is None:
+            return normalize_groups(x_SBF, *self._gain(), *where)
+        return quantize_groups(x_SBF if self.sub_norm is None else self.sub_norm(x_SBF), *where, self.reduce_group)
+
+    def _gain(self) -> tuple[torch.Tensor | None, float]:
+        """Gain and eps of the sub-norm."""
+        return (None, 0.0) if self.sub_norm is None else (self.sub_norm.weight, self.sub_norm.eps)
 
 
 class _RowProduct(torch.autograd.Function):

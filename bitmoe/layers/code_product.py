@@ -11,9 +11,18 @@ import torch
 from bitmoe.layers.collectives import tree_sum
 from bitmoe.quant.ternary_codes import WeightOperands
 from bitmoe_kernels.act_quant import dequantize
-from bitmoe_kernels.ternary_gemm import code_matmul, input_grad, quantize_grad, scaled_code_matmul, weight_grad
+from bitmoe_kernels.relu2_glu import relu2_glu_quantize_backward, relu2_glu_quantize_backward_codes
+from bitmoe_kernels.ternary_gemm import (
+    QuantizedGrad,
+    code_matmul,
+    input_grad,
+    quantize_grad,
+    scaled_code_matmul,
+    weight_grad,
+)
 
-# Shapes: T = tokens, I = inputs, O = outputs, G = groups of inputs.
+# Shapes: T = tokens, I = inputs, O = outputs, G = groups of inputs, F = inner features of a
+#         feed-forward.
 
 
 def scaled_product(
@@ -68,6 +77,37 @@ def gradients(
     grad = quantize_grad(dy_TO, w_scale_O, x_scale_TG)
     dx_TI = input_grad(grad, weight.columns, w_scale_G)
     return dx_TI.to(dtype), weight_grad(grad, x_codes_TI, w_scale_O).to(dtype)
+
+
+def activated_gradients(
+    dy_TF: torch.Tensor,
+    gate_up_T2F: torch.Tensor,
+    gain_F: torch.Tensor | None,
+    rstd_TG: torch.Tensor | None,
+    x_codes_TI: torch.Tensor,
+    x_scale_T1: torch.Tensor,
+    weight: WeightOperands,
+    num_groups: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """``gradients`` of gate and up behind their activation and sub-norm, and the gradient of the sub-norm's gain.
+
+    Args:
+        dy_TF: gradient of the normalized activations.
+        gate_up_T2F: outputs of the linear.
+        gain_F: of the sub-norm; None without one.
+        rstd_TG: what the forward of the sub-norm returned.
+        x_codes_TI: codes of the input.
+        x_scale_T1: their scales.
+        weight: of gate and up, with a scale for each output.
+        num_groups: scales of each of the two.
+    """
+    if weight.columns is None or x_codes_TI.dtype == torch.int8 or num_groups > 1:
+        dgate_up_T2F, dgain = relu2_glu_quantize_backward(dy_TF, gate_up_T2F, gain_F, rstd_TG)
+        return *gradients(dgate_up_T2F, x_codes_TI, x_scale_T1, weight, is_column=True), dgain
+    w_scale_2 = weight.scale.unflatten(0, (2, -1))[:, 0]
+    grad, dgain = relu2_glu_quantize_backward_codes(dy_TF, gate_up_T2F, gain_F, rstd_TG, w_scale_2, x_scale_T1)
+    grad, dtype = QuantizedGrad(*grad), dy_TF.dtype
+    return input_grad(grad, weight.columns).to(dtype), weight_grad(grad, x_codes_TI, weight.scale).to(dtype), dgain
 
 
 def _input_gradient(dy_TO: torch.Tensor, weight: WeightOperands, is_column: bool) -> torch.Tensor:

@@ -13,10 +13,21 @@ from bitmoe.layers.activation import gated_activation
 from bitmoe.layers.bit_linear import group_ids
 from bitmoe.layers.context import LayerContext
 from bitmoe.layers.dispatch import Dispatch
-from bitmoe.layers.grouped_code_product import grouped_gradients, grouped_scaled_product
+from bitmoe.layers.grouped_code_product import (
+    grouped_activated_gradients,
+    grouped_gradients,
+    grouped_scaled_product,
+)
 from bitmoe.layers.local_dispatch import LocalDispatch
 from bitmoe.layers.norm import sub_norm
-from bitmoe.layers.quantize_input import Quantized, activate_groups, quantize_groups, quantize_rows
+from bitmoe.layers.quantize_input import (
+    DownInput,
+    Quantized,
+    quantize_groups,
+    quantize_rows,
+    stand_in,
+    without_code_gradients,
+)
 from bitmoe.layers.sharding import ShardedParameters, mark_expert
 from bitmoe.quant.policy import split_groups
 from bitmoe.quant.ternary_codes import CodeCache, absmean_columns, absmean_rows
@@ -88,15 +99,17 @@ class RoutedExperts(torch.nn.Module, ShardedParameters):
         if isinstance(x_TH, torch.Tensor):
             x_TH = quantize_rows(x_TH, "gate_up", policy)
         operands = self.fc1_cache.operands(x_TH.codes_TD.dtype, policy.is_backward_8bit)
-        gate_up = _DispatchedProduct.apply(*x_TH, self.fc1_weight, operands, dispatch)
+        x_RF = self._down_input((*x_TH, self.fc1_weight, operands, dispatch), dispatch)
         operands = self.fc2_cache.operands(torch.int8, policy.is_backward_8bit)
-        return _ExpertProduct.apply(
-            *self._quantized(gate_up, dispatch),
-            self.fc2_weight,
-            operands,
-            dispatch,
-            self.reduce_group,
-        )
+        return _ExpertProduct.apply(*x_RF, self.fc2_weight, operands, dispatch, self.reduce_group)
+
+    def _down_input(self, product: tuple, dispatch: Dispatch | LocalDispatch) -> Quantized:
+        """Product with gate and up, activation, sub-norm and quantization; one function where groups are whole."""
+        if self.activation is Activation.relu2_glu and self.reduce_group is None:
+            down = DownInput(self.eps, self.policy, self.num_groups)
+            return Quantized(*_ActivatedProduct.apply(*product, self.sub_norm_weight, down))
+        x_RF = self._normalized(_DispatchedProduct.apply(*product), dispatch)
+        return quantize_groups(x_RF, "down", self.policy, self.num_groups, self.reduce_group)
 
     def _normalized(self, gate_up: torch.Tensor, dispatch: Dispatch | LocalDispatch) -> torch.Tensor:
         """Activation and sub-norm, where there is one."""
@@ -105,13 +118,6 @@ class RoutedExperts(torch.nn.Module, ShardedParameters):
             return x_RF
         gain_RF = _RepeatedGain.apply(self.sub_norm_weight, dispatch.expert_R)
         return sub_norm(x_RF, gain_RF, self.eps, self.num_groups, self.reduce_group)
-
-    def _quantized(self, gate_up: torch.Tensor, dispatch: Dispatch | LocalDispatch) -> Quantized:
-        """The same and quantization, in one kernel where this rank holds whole groups."""
-        where = ("down", self.policy, self.num_groups)
-        if self.activation is Activation.relu2_glu and self.reduce_group is None:
-            return activate_groups(gate_up, self.sub_norm_weight, self.eps, *where, dispatch.expert_R)
-        return quantize_groups(self._normalized(gate_up, dispatch), *where, self.reduce_group)
 
 
 class _RepeatedGain(torch.autograd.Function):
@@ -169,11 +175,9 @@ class _DispatchedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, carrier_TH, codes_TH, scale_T1, weight, operands, dispatch):
-        ctx.dispatch, ctx.operands, ctx.weight_shape = dispatch, operands, weight.shape
-        codes_RH, scale_R1 = dispatch.send(codes_TH, scale_T1)
-        ctx.save_for_backward(codes_RH, scale_R1)
-        where = (dispatch.ends_E, dispatch.expert_R)
-        return grouped_scaled_product(codes_RH, scale_R1, operands, *where, carrier_TH.dtype)
+        rows, gate_up_R2F = _dispatch_and_multiply(ctx, carrier_TH, codes_TH, scale_T1, weight, operands, dispatch)
+        ctx.save_for_backward(*rows)
+        return gate_up_R2F
 
     @staticmethod
     def backward(ctx, grad_RO):
@@ -181,6 +185,39 @@ class _DispatchedProduct(torch.autograd.Function):
         grad_RH, grad_weight = grouped_gradients(grad_RO, *ctx.saved_tensors, ctx.operands, *where, is_column=True)
         grad_TH = ctx.dispatch.send_back(grad_RH)
         return grad_TH, None, None, grad_weight.view(ctx.weight_shape), None, None
+
+
+def _dispatch_and_multiply(
+    ctx, carrier_TH, codes_TH, scale_T1, weight, operands, dispatch
+) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Rows with their scales, and gate and up of them; ``ctx`` keeps what the backward needs beside tensors."""
+    ctx.dispatch, ctx.operands, ctx.weight_shape = dispatch, operands, weight.shape
+    rows = dispatch.send(codes_TH, scale_T1)
+    return rows, grouped_scaled_product(*rows, operands, dispatch.ends_E, dispatch.expert_R, carrier_TH.dtype)
+
+
+class _ActivatedProduct(torch.autograd.Function):
+    """``_DispatchedProduct``, and the quantized input of down; the backward activates again."""
+
+    @staticmethod
+    def forward(ctx, carrier_TH, codes_TH, scale_T1, weight, operands, dispatch, gain_EF, down: DownInput):
+        rows, gate_up_R2F = _dispatch_and_multiply(ctx, carrier_TH, codes_TH, scale_T1, weight, operands, dispatch)
+        codes_RF, scale_RG, rstd_RG = down.quantize(gate_up_R2F, gain_EF, dispatch.expert_R)
+        ctx.num_groups = down.num_groups
+        ctx.save_for_backward(*rows, gate_up_R2F, gain_EF, rstd_RG)
+        without_code_gradients(ctx, codes_RF, scale_RG)
+        return stand_in(gate_up_R2F, codes_RF.shape), codes_RF, scale_RG
+
+    @staticmethod
+    def backward(ctx, grad_RF, *unused):
+        codes_RH, scale_R1, gate_up_R2F, gain_EF, rstd_RG = ctx.saved_tensors
+        where = ctx.dispatch.ends_E, ctx.dispatch.expert_R, ctx.num_groups
+        grad_RH, grad_weight, grad_gain_EF = grouped_activated_gradients(
+            grad_RF, gate_up_R2F, gain_EF, rstd_RG, codes_RH, scale_R1, ctx.operands, *where
+        )
+        grad_gain_EF = None if gain_EF is None else grad_gain_EF.to(gain_EF.dtype)
+        grad_TH = ctx.dispatch.send_back(grad_RH)
+        return grad_TH, None, None, grad_weight.view(ctx.weight_shape), None, None, grad_gain_EF, None
 
 
 class _ExpertProduct(torch.autograd.Function):

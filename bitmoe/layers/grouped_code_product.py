@@ -7,6 +7,7 @@ from bitmoe.layers.collectives import tree_sum
 from bitmoe.quant.ternary_codes import WeightOperands
 from bitmoe_kernels.act_quant import dequantize
 from bitmoe_kernels.grouped_ternary_gemm import (
+    GroupedQuantizedGrad,
     grouped_code_matmul,
     grouped_input_grad,
     grouped_matmul,
@@ -15,9 +16,10 @@ from bitmoe_kernels.grouped_ternary_gemm import (
     grouped_scaled_code_matmul,
     grouped_weight_grad,
 )
+from bitmoe_kernels.relu2_glu import relu2_glu_quantize_backward, relu2_glu_quantize_backward_codes
 
 # Shapes: R = rows (token copies) sorted by local expert, E = local experts, I = inputs, O = outputs,
-#         G = groups of inputs.
+#         G = groups of inputs, F = inner features of an expert.
 
 
 def grouped_scaled_product(
@@ -76,6 +78,32 @@ def grouped_gradients(
     dx_RI = grouped_input_grad(grad, weight.columns, w_scale_EG, ends_E)
     dw_EOI = grouped_weight_grad(grad, x_codes_RI, w_scale_EO, ends_E)
     return dx_RI.to(dtype), dw_EOI.to(dtype)
+
+
+def grouped_activated_gradients(
+    dy_RF: torch.Tensor,
+    gate_up_R2F: torch.Tensor,
+    gain_EF: torch.Tensor | None,
+    rstd_RG: torch.Tensor | None,
+    x_codes_RI: torch.Tensor,
+    x_scale_R1: torch.Tensor,
+    weight: WeightOperands,
+    ends_E: torch.Tensor,
+    expert_R: torch.Tensor,
+    num_groups: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """``activated_gradients`` for rows sorted by expert: of the input, the weights and the gains of the sub-norm."""
+    if weight.columns is None or x_codes_RI.dtype == torch.int8 or num_groups > 1:
+        dgate_up_R2F, dgain = relu2_glu_quantize_backward(dy_RF, gate_up_R2F, gain_EF, rstd_RG, expert_R)
+        gradients = grouped_gradients(dgate_up_R2F, x_codes_RI, x_scale_R1, weight, ends_E, expert_R, is_column=True)
+        return *gradients, dgain
+    w_scale_E2, dtype = weight.scale.unflatten(1, (2, -1))[:, :, 0], dy_RF.dtype
+    activation = gate_up_R2F, gain_EF, rstd_RG
+    grad, dgain = relu2_glu_quantize_backward_codes(dy_RF, *activation, w_scale_E2, x_scale_R1, expert_R)
+    grad = GroupedQuantizedGrad(*grad)
+    dx_RI = grouped_input_grad(grad, weight.columns, None, ends_E)
+    dw_EOI = grouped_weight_grad(grad, x_codes_RI, weight.scale, ends_E)
+    return dx_RI.to(dtype), dw_EOI.to(dtype), dgain
 
 
 def _input_gradient(

@@ -19,7 +19,7 @@ from bitmoe.layers.norm import RMSNorm
 from bitmoe.quant.policy import QuantPolicy
 from bitmoe_kernels.act_quant import quantize_fp4, quantize_int4, quantize_int8
 from bitmoe_kernels.norm_quant import rms_norm_backward, rms_norm_quantize, sub_norm_backward, sub_norm_quantize
-from bitmoe_kernels.relu2_glu import relu2_glu_quantize, relu2_glu_quantize_backward
+from bitmoe_kernels.relu2_glu import relu2_glu_quantize
 from bitmoe_kernels.sparsify import topk_mask
 
 # Shapes: T = tokens (any leading dims), D = features, F = features on this rank, G = groups on this rank, E = experts.
@@ -89,27 +89,33 @@ def normalize_groups(
     return Quantized(*_SubNormQuantize.apply(x_TF, gain_F, eps, role, policy, num_groups))
 
 
-def activate_groups(
-    gate_up_T2F: torch.Tensor,
-    gain: torch.Tensor | None,
-    eps: float,
-    role: str,
-    policy: QuantPolicy,
-    num_groups: int,
-    expert_T: torch.Tensor | None = None,
-) -> Quantized:
-    """ReLU2-GLU, sub-norm (where there is a gain) and quantization in one, for groups that are whole on this rank.
+class DownInput(NamedTuple):
+    """ReLU2-GLU, sub-norm and quantizer in front of down, for groups that are whole on this rank.
 
-    Args:
-        gate_up_T2F: gate and up side by side, [..., 2F].
-        gain: of the sub-norm, [F] or [E, F]; None without one.
-        eps: of the sub-norm.
-        role: down.
-        policy: current formats.
-        num_groups: groups on this rank.
-        expert_T: int32 [T], which of E experts each row belongs to, sorted; None where the gain is [F].
+    No autograd function of its own: it belongs to that of the product in front, whose gradient then needs no copy of
+    gate and up's in 16 bits.
     """
-    return Quantized(*_ActivateQuantize.apply(gate_up_T2F, gain, eps, role, policy, num_groups, expert_T))
+
+    eps: float
+    """Of the sub-norm."""
+    policy: QuantPolicy
+    num_groups: int
+    """Groups on this rank."""
+
+    def quantize(
+        self, gate_up_T2F: torch.Tensor, gain: torch.Tensor | None, expert_T: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Codes [..., F] and scale [..., G] of down's input, and 1 / rms [..., G] of the sub-norm, where there is one.
+
+        Args:
+            gate_up_T2F: gate and up side by side, [..., 2F].
+            gain: of the sub-norm, [F] or [E, F]; None without one.
+            expert_T: int32 [T], which of E experts each row belongs to, sorted; None where the gain is [F].
+        """
+        act_format = self.policy.act_format("down")
+        quantized = relu2_glu_quantize(gate_up_T2F, gain, self.eps, act_format.value, self.num_groups, expert_T)
+        self.policy.statistics.add_activations("down", quantized[0], act_format)
+        return quantized
 
 
 def row_code_dtype(x_TD: torch.Tensor, act_format: ActFormat) -> torch.dtype:
@@ -118,11 +124,12 @@ def row_code_dtype(x_TD: torch.Tensor, act_format: ActFormat) -> torch.dtype:
     return torch.float8_e4m3fn if is_fast else torch.int8
 
 
-def _stand_in(x: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+def stand_in(x: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """A tensor of this shape whose values nobody reads, which takes no memory."""
     return x.new_empty(1).expand(shape)
 
 
-def _without_code_gradients(ctx, *codes_and_scale: torch.Tensor) -> None:
+def without_code_gradients(ctx, *codes_and_scale: torch.Tensor) -> None:
     """Codes and scales get no gradients, and the backward no zeros in their place: a tensor of the codes' size."""
     ctx.mark_non_differentiable(*codes_and_scale)
     ctx.set_materialize_grads(False)
@@ -158,8 +165,8 @@ class _Quantize(torch.autograd.Function):
         else:
             codes_TD, scale_TG = _groups(x_TD, role, policy, num_groups, exchange_group)
         policy.statistics.add_activations(role, codes_TD, policy.act_format(role))
-        _without_code_gradients(ctx, codes_TD, scale_TG)
-        return _stand_in(x_TD, x_TD.shape), codes_TD, scale_TG
+        without_code_gradients(ctx, codes_TD, scale_TG)
+        return stand_in(x_TD, x_TD.shape), codes_TD, scale_TG
 
     @staticmethod
     def backward(ctx, grad_TD, *unused):
@@ -178,8 +185,8 @@ class _NormQuantize(torch.autograd.Function):
         )
         policy.statistics.add_activations(role, codes_TD, act_format)
         ctx.save_for_backward(x_TD, gain_D, rstd_T1)
-        _without_code_gradients(ctx, codes_TD, scale_T1)
-        return x_TD.view_as(x_TD), *y_TD, _stand_in(x_TD, x_TD.shape), codes_TD, scale_T1
+        without_code_gradients(ctx, codes_TD, scale_T1)
+        return x_TD.view_as(x_TD), *y_TD, stand_in(x_TD, x_TD.shape), codes_TD, scale_T1
 
     @staticmethod
     def backward(ctx, grad_residual_TD, *grads):
@@ -203,30 +210,11 @@ class _SubNormQuantize(torch.autograd.Function):
         )
         policy.statistics.add_activations(role, codes_TF, act_format)
         ctx.save_for_backward(x_TF, gain_F, rstd_TG)
-        _without_code_gradients(ctx, codes_TF, scale_TG)
-        return _stand_in(x_TF, x_TF.shape), codes_TF, scale_TG
+        without_code_gradients(ctx, codes_TF, scale_TG)
+        return stand_in(x_TF, x_TF.shape), codes_TF, scale_TG
 
     @staticmethod
     def backward(ctx, grad_TF, *unused):
         x_TF, gain_F, rstd_TG = ctx.saved_tensors
         grad_x_TF, grad_gain_F = sub_norm_backward(grad_TF, x_TF, gain_F, rstd_TG)
         return grad_x_TF, grad_gain_F.to(gain_F.dtype), *[None] * 4
-
-
-class _ActivateQuantize(torch.autograd.Function):
-    """Codes of the sub-norm of relu(gate)^2 * up; the backward computes the activation again."""
-
-    @staticmethod
-    def forward(ctx, gate_up_T2F, gain, eps, role, policy, num_groups, expert_T):
-        act_format = policy.act_format(role)
-        codes_TF, scale_TG, rstd_TG = relu2_glu_quantize(gate_up_T2F, gain, eps, act_format.value, num_groups, expert_T)
-        policy.statistics.add_activations(role, codes_TF, act_format)
-        ctx.save_for_backward(gate_up_T2F, gain, rstd_TG, expert_T)
-        _without_code_gradients(ctx, codes_TF, scale_TG)
-        return _stand_in(gate_up_T2F, codes_TF.shape), codes_TF, scale_TG
-
-    @staticmethod
-    def backward(ctx, grad_TF, *unused):
-        gate_up_T2F, gain, rstd_TG, expert_T = ctx.saved_tensors
-        grad_gate_up_T2F, grad_gain = relu2_glu_quantize_backward(grad_TF, gate_up_T2F, gain, rstd_TG, expert_T)
-        return grad_gate_up_T2F, None if gain is None else grad_gain.to(gain.dtype), *[None] * 5

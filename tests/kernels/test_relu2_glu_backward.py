@@ -25,7 +25,7 @@ each_size = pytest.mark.parametrize(
 @pytest.fixture
 def run_triton(triton_device, poison):
     """Triton's kernels with their arguments on the device under test; new memory holds garbage."""
-    from bitmoe_kernels.relu2_glu.triton_kernels import relu2_glu_quantize_backward_triton
+    from bitmoe_kernels.relu2_glu.triton_backward import relu2_glu_quantize_backward_triton
 
     def run(*arguments):
         return relu2_glu_quantize_backward_triton(*(None if x is None else x.to(triton_device) for x in arguments))
@@ -126,7 +126,7 @@ def test_experts(run_triton, counts, groups, dtype):
 
 def test_many_experts_in_long_blocks(run_triton, monkeypatch):
     """Blocks of several steps, that end amid a step at a block's and an expert's end."""
-    monkeypatch.setattr("bitmoe_kernels.relu2_glu.triton_kernels._WARPS_IN_FLIGHT", 4)
+    monkeypatch.setattr("bitmoe_kernels.relu2_glu.triton_backward._WARPS_IN_FLIGHT", 4)
     arguments = inputs(21, 140, torch.bfloat16, 1, [0, 6, 0, 9, 1, 5])
     assert_gradients(run_triton(*arguments), arguments)
 

@@ -6,7 +6,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitmoe.config.schema import ActFormat, BitStage, QuantConfig
 from bitmoe.layers.quantize_input import (
-    activate_groups,
     flat_tokens,
     normalize_groups,
     normalize_rows,
@@ -151,39 +150,12 @@ def test_normalize_groups(act_format, groups):
     assert_agrees(quantized, straight_through(rms_norm(*wanted, groups), act_format, groups, KEEP), got, wanted)
 
 
-@GROUPS
-@FORMATS
-def test_activate_groups(act_format, groups):
-    x, gain = randn(SEQUENCE, BATCH, 2 * FEATURES), 1 + 0.2 * randn(FEATURES, seed=1)
-    got, wanted = leaves(x, gain), leaves(x, gain)
-    quantized = activate_groups(*got, EPS, "down", make_policy(act_format), groups)
-    y = rms_norm(relu2_glu(wanted[0]), wanted[1], groups)
-    assert_agrees(quantized, straight_through(y, act_format, groups), got, wanted)
-
-
-@GROUPS
-def test_activate_groups_without_sub_norm(groups):
-    got, wanted = leaves(*[randn(SEQUENCE, BATCH, 2 * FEATURES)] * 2)
-    quantized = activate_groups(got, None, 0.0, "down", make_policy(), groups)
-    assert_agrees(quantized, straight_through(relu2_glu(wanted), ActFormat.int8, groups), got, wanted)
-
-
-@GROUPS
-def test_activate_groups_of_experts(groups):
-    x_R2F, gain_EF = randn(len(EXPERT_R), 2 * FEATURES), 1 + 0.2 * randn(4, FEATURES, seed=1)
-    got, wanted = leaves(x_R2F, gain_EF), leaves(x_R2F, gain_EF)
-    quantized = activate_groups(*got, EPS, "down", make_policy(), groups, EXPERT_R)
-    y_RF = rms_norm(relu2_glu(wanted[0]), wanted[1][EXPERT_R], groups)
-    assert_agrees(quantized, straight_through(y_RF, ActFormat.int8, groups), got, wanted)
-
-
 # Every producer: of input and gain, with the width of its input.
 PRODUCERS = {
     "quantize_rows": (lambda x, gain, policy: quantize_rows(x, "qkv", policy), 1),
     "quantize_groups": (lambda x, gain, policy: quantize_groups(x, "o", policy, 4, None), 1),
     "normalize_rows": (lambda x, gain, policy: normalize_rows(x, gain, "qkv", policy)[1], 1),
     "normalize_groups": (lambda x, gain, policy: normalize_groups(x, gain.weight, EPS, "o", policy, 4), 1),
-    "activate_groups": (lambda x, gain, policy: activate_groups(x, gain.weight, EPS, "down", policy, 4), 2),
 }
 EACH_PRODUCER = pytest.mark.parametrize("name", PRODUCERS)
 
@@ -260,7 +232,7 @@ def test_statistics(name):
     assert policy.statistics.collect(torch.device("cpu")) == {}
     policy.statistics.recording = True
     quantized, _ = produce(name, torch.float32, policy)
-    role = {"quantize_rows": "qkv", "normalize_rows": "qkv", "activate_groups": "down"}.get(name, "o")
+    role = {"quantize_rows": "qkv", "normalize_rows": "qkv"}.get(name, "o")
     shares = policy.statistics.collect(torch.device("cpu"))
     assert set(shares) == {f"sparsity/{role}", f"clipped/{role}"}
     zeros = (quantized.codes_TD == 0).double().mean().item()

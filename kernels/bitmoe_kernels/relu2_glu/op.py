@@ -11,11 +11,13 @@ such a token (or group) gets a NaN scale and codes 0.
 import torch
 
 from bitmoe_kernels.dispatch import runs_triton_by_row
+from bitmoe_kernels.grouped_ternary_gemm.backward import grouped_quantize_grad
 from bitmoe_kernels.relu2_glu.reference import (
     relu2_glu_quantize_backward_reference,
     relu2_glu_quantize_reference,
     relu2_glu_reference,
 )
+from bitmoe_kernels.ternary_gemm.backward import quantize_grad
 from bitmoe_kernels.validation import check_features, check_floating, check_groups, raise_on_nonfinite
 
 _FORMATS = ("int4", "int8", "fp4")
@@ -111,6 +113,63 @@ def relu2_glu_quantize_backward(
         TypeError: as :func:`relu2_glu_quantize`.
         ValueError: shapes that do not fit.
     """
+    _check_backward(dy_TF, gate_up_T2F, gain, rstd_TG, expert_R)
+    groups = 1 if rstd_TG is None else rstd_TG.shape[-1]
+    if runs_triton_by_row(gate_up_T2F, 2 * groups):
+        run = _triton_backward().relu2_glu_quantize_backward_triton
+        return run(dy_TF, gate_up_T2F, gain, rstd_TG, expert_R if gain is not None else None)
+    return relu2_glu_quantize_backward_reference(dy_TF, gate_up_T2F, gain, rstd_TG, expert_R)
+
+
+@torch.no_grad()
+def relu2_glu_quantize_backward_codes(
+    dy_TF: torch.Tensor,
+    gate_up_T2F: torch.Tensor,
+    gain: torch.Tensor | None,
+    rstd_T1: torch.Tensor | None,
+    w_scale: torch.Tensor,
+    x_scale_T1: torch.Tensor,
+    expert_R: torch.Tensor | None = None,
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
+    """:func:`relu2_glu_quantize_backward` for one group, with dgate_up rounded for 8-bit products (README eq. 10).
+
+    Args:
+        dy_TF: gradient of the normalized activations [T, F].
+        gate_up_T2F: [T, 2F].
+        gain: as in the forward.
+        rstd_T1: what the forward returned.
+        w_scale: fp32, the scales of the weights of gate and of up, [2], or [E, 2] with ``expert_R``.
+        x_scale_T1: fp32, the token scales of the input that those weights multiplied.
+        expert_R: as in the forward.
+
+    Returns:
+        The fields of ``ternary_gemm.QuantizedGrad``, or of ``grouped_ternary_gemm.GroupedQuantizedGrad``; and dgain.
+
+    Raises:
+        TypeError: as :func:`relu2_glu_quantize`.
+        ValueError: shapes that do not fit.
+    """
+    _check_backward(dy_TF, gate_up_T2F, gain, rstd_T1, expert_R)
+    num_tokens, size = dy_TF.shape
+    if x_scale_T1.shape != (num_tokens, 1) or (rstd_T1 is not None and rstd_T1.shape[1] != 1):
+        raise ValueError(f"x_scale of shape {list(x_scale_T1.shape)} and rstd must be [{num_tokens}, 1]: one group")
+    if w_scale.shape[-1] != 2 or w_scale.dim() != (1 if expert_R is None else 2):
+        raise ValueError(f"w_scale has shape {list(w_scale.shape)}: pass {'[2]' if expert_R is None else '[E, 2]'}")
+    w_scale_E2 = w_scale.view(-1, 2)
+    if runs_triton_by_row(gate_up_T2F, 2) and gate_up_T2F.dtype == torch.bfloat16:
+        run = _triton_backward().relu2_glu_rounded_backward_triton
+        return run(dy_TF, gate_up_T2F, gain, rstd_T1, expert_R, w_scale_E2, x_scale_T1)
+    dgate_up_T2F, dgain = relu2_glu_quantize_backward(dy_TF, gate_up_T2F, gain, rstd_T1, expert_R)
+    w_scale_EO = w_scale_E2.repeat_interleave(size, dim=1)
+    if expert_R is None:
+        return tuple(quantize_grad(dgate_up_T2F, w_scale_EO[0], x_scale_T1)), dgain
+    experts_E = torch.arange(len(w_scale), dtype=expert_R.dtype, device=expert_R.device)
+    ends_E = torch.searchsorted(expert_R, experts_E, right=True, out_int32=True)
+    return tuple(grouped_quantize_grad(dgate_up_T2F, ends_E, w_scale_EO, x_scale_T1)), dgain
+
+
+def _check_backward(dy_TF, gate_up_T2F, gain, rstd_TG, expert_R) -> None:
+    """Raise unless the gradient fits what the forward took and returned."""
     if (gain is None) != (rstd_TG is None):
         raise ValueError("gain and rstd come together: pass the rstd that the forward returned for this gain, or None")
     groups = 1 if rstd_TG is None else rstd_TG.shape[-1]
@@ -121,10 +180,6 @@ def relu2_glu_quantize_backward(
         raise ValueError(f"dy has shape {list(dy_TF.shape)}, gate_up {list(gate_up_T2F.shape)}: pass {[*lead, size]}")
     if rstd_TG is not None and rstd_TG.shape != (*lead, groups):
         raise ValueError(f"rstd of shape {list(rstd_TG.shape)} does not fit gate_up of {list(gate_up_T2F.shape)}")
-    if runs_triton_by_row(gate_up_T2F, 2 * groups):
-        run = _triton_kernels().relu2_glu_quantize_backward_triton
-        return run(dy_TF, gate_up_T2F, gain, rstd_TG, expert_R if gain is not None else None)
-    return relu2_glu_quantize_backward_reference(dy_TF, gate_up_T2F, gain, rstd_TG, expert_R)
 
 
 def _check(gate_up_T2F, gain, groups: int, expert_R) -> None:
@@ -155,3 +210,9 @@ def _triton_kernels():
     from bitmoe_kernels.relu2_glu import triton_kernels
 
     return triton_kernels
+
+
+def _triton_backward():
+    from bitmoe_kernels.relu2_glu import triton_backward
+
+    return triton_backward

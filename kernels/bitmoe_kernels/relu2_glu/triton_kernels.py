@@ -1,31 +1,22 @@
-"""ReLU2-GLU, sub-norm and quantization in one read of gate_up and one write of codes; their backward likewise.
+"""ReLU2-GLU, sub-norm and quantization in one read of gate_up and one write of codes.
 
-What      README eq. 1-5 forward and 6-9 backward. Codes, scale and rstd equal reference.py bit for bit: sums are fp64
-          and rounded once, every other step is the correctly rounded operation of the reference. The backward is fp32
-          and rounds its results once.
-Contract  gate_up, gain and dy in bf16, fp16 or fp32; any sizes; tensors are made contiguous; rows sorted by expert.
+What      README eq. 1-5. Codes, scale and rstd equal reference.py bit for bit: sums are fp64 and rounded once, every
+          other step is the correctly rounded operation of the reference.
+Contract  gate_up and gain in bf16, fp16 or fp32; any sizes; tensors are made contiguous; rows sorted by expert.
 Tiling    a row (group) is cut into pieces of one size, of which a thread holds 4 elements each: 11008 features are 11
           pieces of 1024, where a power of two would pad a row by half. The row length is a constant of the compiled
           kernel: loads are as wide as its divisors allow and only the last piece is masked.
-Order     the gain's gradient is summed per block of rows and expert, then over blocks: the same bits in every run.
-Not here  fp64 input, argument checks and dispatch (op.py).
+Not here  the backward (triton_backward.py), fp64 input, argument checks and dispatch (op.py).
 """
 
 # Shapes: T = tokens, F = features, G = groups of d = F / G features, E = experts, R = T * G rows of d features,
-# BR, P = rows and features of a piece, C = blocks of tokens.
+# BR, P = rows and features of a piece.
 
 import torch
 import triton
 import triton.language as tl
 
 from bitmoe_kernels.act_quant.triton_kernels import FORMAT_LEVELS, IS_INTERPRETED, row_codes, row_scales
-
-_WARPS_IN_FLIGHT = 2112
-"""Warps of a backward launch: 16, with 128 registers a thread, on each of an H200's 132 processors, in one wave. More
-and smaller blocks of tokens would write more partial sums: 4 bytes a feature and block, beside 10 a feature and token.
-"""
-_SLOTS_A_STEP = 32
-_GAINS_A_PROGRAM = 64
 
 
 def piece_tile(num_features: int) -> dict[str, int]:
@@ -83,71 +74,6 @@ def relu2_glu_quantize_triton(
     return codes_TF, scale_TG, rstd_TG
 
 
-def relu2_glu_quantize_backward_triton(
-    dy_TF: torch.Tensor,
-    gate_up_T2F: torch.Tensor,
-    gain: torch.Tensor | None,
-    rstd_TG: torch.Tensor | None,
-    expert_R: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """dgate_up [..., 2F] in the dtype of gate_up, and dgain fp32 in the shape of the gain, or None."""
-    gate_up_T2F = gate_up_T2F.contiguous()
-    dgate_up_T2F = torch.empty_like(gate_up_T2F)
-    size = gate_up_T2F.shape[-1] // 2
-    num_tokens = gate_up_T2F.numel() // (2 * size)
-    dgain = None if gain is None else torch.empty(gain.shape, dtype=torch.float32, device=gain.device)
-    if not num_tokens:
-        return dgate_up_T2F, None if dgain is None else dgain.zero_()
-    groups = 1 if rstd_TG is None else rstd_TG.shape[-1]
-    num_experts = 1 if expert_R is None else len(gain)
-    tile = piece_tile(size // groups)
-    tokens_a_block = tile["BLOCK_ROWS"]
-    if gain is not None:
-        tokens_a_block *= triton.cdiv(num_tokens * groups * tile["num_warps"], _WARPS_IN_FLIGHT * tokens_a_block)
-    num_blocks = triton.cdiv(num_tokens, tokens_a_block)
-    # Tokens are sorted by expert, so block c and expert e alone have slot c + e.
-    partial_SF, offsets_E1 = None, None
-    with torch.cuda.device_of(gate_up_T2F):
-        if gain is not None:
-            gain, rstd_TG = gain.contiguous(), rstd_TG.contiguous()
-            partial_SF = torch.empty(num_blocks + num_experts - 1, size, dtype=torch.float32, device=gain.device)
-        if expert_R is not None:
-            expert_R = expert_R.contiguous()
-            bounds_E1 = torch.arange(num_experts + 1, dtype=expert_R.dtype, device=expert_R.device)
-            offsets_E1 = torch.searchsorted(expert_R, bounds_E1, out_int32=True)
-        _relu2_glu_bwd_kernel[(num_blocks, groups)](
-            dy_TF.contiguous(),
-            gate_up_T2F,
-            gain,
-            rstd_TG,
-            expert_R,
-            offsets_E1,
-            dgate_up_T2F,
-            partial_SF,
-            num_tokens,
-            tokens_a_block,
-            size // groups,
-            groups,
-            gain is not None,
-            expert_R is not None,
-            **tile,
-        )
-        if gain is not None:
-            _relu2_glu_bwd_gain_kernel[(triton.cdiv(size, _GAINS_A_PROGRAM), num_experts)](
-                partial_SF,
-                offsets_E1,
-                dgain,
-                num_blocks,
-                tokens_a_block,
-                size,
-                expert_R is not None,
-                _SLOTS_A_STEP,
-                _GAINS_A_PROGRAM,
-                num_warps=4,
-            )
-    return dgate_up_T2F, dgain
-
-
 @triton.jit
 def _relu2_glu_fwd_kernel(
     gate_up_ptr,
@@ -176,10 +102,10 @@ def _relu2_glu_fwd_kernel(
     gate_ptrs = gate_up_ptr + (tokens * (2 * SIZE) + offs_group)[:, None]
     tiles = ()
     for piece in tl.static_range(NUM_PIECES):
-        gate = _load_piece(gate_ptrs, piece, NUM_FEATURES, BLOCK_FEATURES)
-        up = _load_piece(gate_ptrs + SIZE, piece, NUM_FEATURES, BLOCK_FEATURES)
+        gate = load_piece(gate_ptrs, piece, NUM_FEATURES, BLOCK_FEATURES)
+        up = load_piece(gate_ptrs + SIZE, piece, NUM_FEATURES, BLOCK_FEATURES)
         relu = tl.maximum(gate, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        tiles = tiles + (_round_pairs_to(relu * relu * up, gate_up_ptr.dtype.element_ty),)
+        tiles = tiles + (round_pairs_to(relu * relu * up, gate_up_ptr.dtype.element_ty),)
     if HAS_NORM:
         square_sums = tl.zeros([BLOCK_ROWS, BLOCK_FEATURES], tl.float64)
         for piece in tl.static_range(NUM_PIECES):
@@ -193,10 +119,10 @@ def _relu2_glu_fwd_kernel(
             offs_gain += tl.load(expert_ptr + tokens).to(tl.int64) * SIZE
         normed = ()
         for piece in tl.static_range(NUM_PIECES):
-            gain = _load_piece(gain_ptr + offs_gain[:, None], piece, NUM_FEATURES, BLOCK_FEATURES)
-            unit = _round_pairs_to(tiles[piece].to(tl.float32) * rstd[:, None], gate_up_ptr.dtype.element_ty)
+            gain = load_piece(gain_ptr + offs_gain[:, None], piece, NUM_FEATURES, BLOCK_FEATURES)
+            unit = round_pairs_to(tiles[piece].to(tl.float32) * rstd[:, None], gate_up_ptr.dtype.element_ty)
             # Not by pairs: the compiler makes one bf16 product of conversions and product where the gain is bf16.
-            normed = normed + (_round_to(unit.to(tl.float32) * gain, gate_up_ptr.dtype.element_ty),)
+            normed = normed + (round_to(unit.to(tl.float32) * gain, gate_up_ptr.dtype.element_ty),)
         tiles = normed
     magnitude = tl.zeros([BLOCK_ROWS, BLOCK_FEATURES], tl.float64 if FORMAT == "int4" else tl.float32)
     for piece in tl.static_range(NUM_PIECES):
@@ -214,123 +140,11 @@ def _relu2_glu_fwd_kernel(
     codes_ptrs = codes_ptr + (rows * NUM_FEATURES)[:, None]
     for piece in tl.static_range(NUM_PIECES):
         codes = row_codes(tiles[piece], scale, FORMAT)
-        _store_piece(codes_ptrs, codes, piece, NUM_FEATURES, BLOCK_FEATURES)
+        store_piece(codes_ptrs, codes, piece, NUM_FEATURES, BLOCK_FEATURES)
 
 
 @triton.jit
-def _relu2_glu_bwd_kernel(
-    dy_ptr,
-    gate_up_ptr,
-    gain_ptr,
-    rstd_ptr,
-    expert_ptr,
-    offsets_ptr,
-    dgate_up_ptr,
-    partial_ptr,
-    num_tokens,
-    tokens_a_block,
-    NUM_FEATURES: tl.constexpr,
-    NUM_GROUPS: tl.constexpr,
-    HAS_NORM: tl.constexpr,
-    HAS_EXPERTS: tl.constexpr,
-    NUM_PIECES: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_FEATURES: tl.constexpr,
-):
-    SIZE: tl.constexpr = NUM_FEATURES * NUM_GROUPS
-    offs_group = tl.program_id(1) * NUM_FEATURES
-    block_start = tl.program_id(0) * tokens_a_block
-    block_end = tl.minimum(block_start + tokens_a_block, num_tokens)
-    first_expert, last_expert = 0, 0
-    if HAS_EXPERTS:
-        first_expert, last_expert = tl.load(expert_ptr + block_start), tl.load(expert_ptr + block_end - 1)
-    for expert in range(first_expert, last_expert + 1):
-        start, end = block_start, block_end
-        if HAS_EXPERTS:
-            start = tl.maximum(start, tl.load(offsets_ptr + expert))
-            end = tl.minimum(end, tl.load(offsets_ptr + expert + 1))
-        if HAS_NORM:
-            gain_ptrs = gain_ptr + expert * SIZE + offs_group + tl.zeros([BLOCK_ROWS, 1], tl.int32)
-            dgain = ()
-            for _ in tl.static_range(NUM_PIECES):
-                dgain = dgain + (tl.zeros([BLOCK_ROWS, BLOCK_FEATURES], tl.float32),)
-        for first_token in range(start, end, BLOCK_ROWS):
-            # Tokens past the end repeat the last one; their dy is 0 in the gain's gradient.
-            tokens = first_token + tl.arange(0, BLOCK_ROWS)
-            is_token = tokens < end
-            tokens = tl.minimum(tokens, end - 1).to(tl.int64)
-            dy_ptrs = dy_ptr + (tokens * SIZE + offs_group)[:, None]
-            offs_gate = (tokens * (2 * SIZE) + offs_group)[:, None]
-            if HAS_NORM:
-                rstd = tl.load(rstd_ptr + tokens * NUM_GROUPS + tl.program_id(1))[:, None]
-                dots = tl.zeros([BLOCK_ROWS, BLOCK_FEATURES], tl.float32)
-                for piece in tl.static_range(NUM_PIECES):
-                    gate = _load_piece(gate_up_ptr + offs_gate, piece, NUM_FEATURES, BLOCK_FEATURES)
-                    up = _load_piece(gate_up_ptr + offs_gate + SIZE, piece, NUM_FEATURES, BLOCK_FEATURES)
-                    relu = tl.maximum(gate, 0.0, propagate_nan=tl.PropagateNan.ALL)
-                    h = _rounded(relu * relu * up, gate_up_ptr.dtype.element_ty)
-                    dy = _load_piece(dy_ptrs, piece, NUM_FEATURES, BLOCK_FEATURES)
-                    dots += dy * _load_piece(gain_ptrs, piece, NUM_FEATURES, BLOCK_FEATURES) * h
-                mean = tl.sum(dots, axis=1, keep_dims=True) * rstd / NUM_FEATURES
-                new_dgain = ()
-            # The second read of the row comes from the caches: in registers it would leave no room for dgain.
-            for piece in tl.static_range(NUM_PIECES):
-                gate = _load_piece(gate_up_ptr + offs_gate, piece, NUM_FEATURES, BLOCK_FEATURES)
-                up = _load_piece(gate_up_ptr + offs_gate + SIZE, piece, NUM_FEATURES, BLOCK_FEATURES)
-                relu = tl.maximum(gate, 0.0, propagate_nan=tl.PropagateNan.ALL)
-                dh = _load_piece(dy_ptrs, piece, NUM_FEATURES, BLOCK_FEATURES)
-                if HAS_NORM:
-                    unit = _rounded(relu * relu * up, gate_up_ptr.dtype.element_ty) * rstd
-                    dy = dh if BLOCK_ROWS == 1 else tl.where(is_token[:, None], dh, 0.0)
-                    rounded_unit = _rounded(unit, gate_up_ptr.dtype.element_ty)
-                    new_dgain = new_dgain + (dgain[piece] + dy * rounded_unit,)
-                    dunit = dh * _load_piece(gain_ptrs, piece, NUM_FEATURES, BLOCK_FEATURES)
-                    dh = rstd * (dunit - unit * mean)
-                dgate = _round_to(dh * 2.0 * relu * up, gate_up_ptr.dtype.element_ty)
-                dup = _round_to(dh * relu * relu, gate_up_ptr.dtype.element_ty)
-                _store_piece(dgate_up_ptr + offs_gate, dgate, piece, NUM_FEATURES, BLOCK_FEATURES)
-                _store_piece(dgate_up_ptr + offs_gate + SIZE, dup, piece, NUM_FEATURES, BLOCK_FEATURES)
-            if HAS_NORM:
-                dgain = new_dgain
-        if HAS_NORM:
-            slot = tl.program_id(0) + expert
-            partial_ptrs = partial_ptr + slot * SIZE + offs_group + tl.zeros([1, 1], tl.int32)
-            for piece in tl.static_range(NUM_PIECES):
-                total = tl.sum(dgain[piece], axis=0, keep_dims=True)
-                _store_piece(partial_ptrs, total, piece, NUM_FEATURES, BLOCK_FEATURES)
-
-
-@triton.jit
-def _relu2_glu_bwd_gain_kernel(
-    partial_ptr,
-    offsets_ptr,
-    dgain_ptr,
-    num_blocks,
-    tokens_a_block,
-    SIZE: tl.constexpr,
-    HAS_EXPERTS: tl.constexpr,
-    BLOCK_SLOTS: tl.constexpr,
-    BLOCK_FEATURES: tl.constexpr,
-):
-    expert = tl.program_id(1)
-    first, end = 0, num_blocks
-    if HAS_EXPERTS:
-        start_token, end_token = tl.load(offsets_ptr + expert), tl.load(offsets_ptr + expert + 1)
-        first = start_token // tokens_a_block
-        # The slots of an expert without tokens may never have been written.
-        end = tl.where(start_token < end_token, tl.cdiv(end_token, tokens_a_block), first)
-    features = tl.program_id(0) * BLOCK_FEATURES + tl.arange(0, BLOCK_FEATURES)
-    sums = tl.zeros([BLOCK_SLOTS, BLOCK_FEATURES], tl.float32)
-    for block in range(first, end, BLOCK_SLOTS):
-        blocks = block + tl.arange(0, BLOCK_SLOTS)
-        offs = (blocks + expert).to(tl.int64)[:, None] * SIZE + features[None, :]
-        mask = (blocks < end)[:, None] & (features < SIZE)[None, :]
-        sums += tl.load(partial_ptr + offs, mask=mask, other=0.0)
-    tl.store(dgain_ptr + expert * SIZE + features, tl.sum(sums, axis=0), mask=features < SIZE)
-
-
-@triton.jit
-def _load_piece(row_ptrs, piece: tl.constexpr, NUM_FEATURES: tl.constexpr, BLOCK_FEATURES: tl.constexpr):
+def load_piece(row_ptrs, piece: tl.constexpr, NUM_FEATURES: tl.constexpr, BLOCK_FEATURES: tl.constexpr):
     """Features of a piece, fp32 [BR, P], of the rows that begin at ``row_ptrs`` [BR, 1]; 0 past their end."""
     features = piece * BLOCK_FEATURES + tl.arange(0, BLOCK_FEATURES)[None, :]
     if (piece + 1) * BLOCK_FEATURES <= NUM_FEATURES:
@@ -340,8 +154,16 @@ def _load_piece(row_ptrs, piece: tl.constexpr, NUM_FEATURES: tl.constexpr, BLOCK
 
 
 @triton.jit
-def _store_piece(row_ptrs, x, piece: tl.constexpr, NUM_FEATURES: tl.constexpr, BLOCK_FEATURES: tl.constexpr):
-    """Write ``x`` [BR, P] where :func:`_load_piece` would read it."""
+def load_piece_again(row_ptrs, piece: tl.constexpr, NUM_FEATURES: tl.constexpr, BLOCK_FEATURES: tl.constexpr):
+    """The same from the caches: of two reads alike the compiler makes one, and keeps the piece in registers."""
+    features = piece * BLOCK_FEATURES + tl.arange(0, BLOCK_FEATURES)[None, :]
+    mask = features < NUM_FEATURES
+    return tl.load(row_ptrs + features, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+
+
+@triton.jit
+def store_piece(row_ptrs, x, piece: tl.constexpr, NUM_FEATURES: tl.constexpr, BLOCK_FEATURES: tl.constexpr):
+    """Write ``x`` [BR, P] where :func:`load_piece` would read it."""
     features = piece * BLOCK_FEATURES + tl.arange(0, BLOCK_FEATURES)[None, :]
     if (piece + 1) * BLOCK_FEATURES <= NUM_FEATURES:
         tl.store(row_ptrs + features, x)
@@ -350,7 +172,7 @@ def _store_piece(row_ptrs, x, piece: tl.constexpr, NUM_FEATURES: tl.constexpr, B
 
 
 @triton.jit
-def _round_to(x, dtype: tl.constexpr):
+def round_to(x, dtype: tl.constexpr):
     """fp32 ``x`` rounded half to even to ``dtype``, as ``x.to(dtype)`` is on a GPU."""
     if dtype == tl.bfloat16 and IS_INTERPRETED:
         # Triton's interpreter cuts bf16 off instead (seen in 3.6 and 3.9): round the bits before it does.
@@ -361,17 +183,17 @@ def _round_to(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def _round_pairs_to(x, dtype: tl.constexpr):
+def round_pairs_to(x, dtype: tl.constexpr):
     """The same, two numbers an instruction for bf16: Triton's own goes one by one, at an eighth of Hopper's rate."""
     if dtype == tl.bfloat16 and not IS_INTERPRETED:
         asm: tl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;"
         return tl.inline_asm_elementwise(asm, "=r,r,r", [x], dtype=tl.bfloat16, is_pure=True, pack=2)
     else:
-        return _round_to(x, dtype)
+        return round_to(x, dtype)
 
 
 @triton.jit
-def _rounded(x, dtype: tl.constexpr):
+def rounded(x, dtype: tl.constexpr):
     """The same, as fp32."""
     if dtype == tl.bfloat16 and not IS_INTERPRETED:
         asm: tl.constexpr = (
@@ -379,4 +201,4 @@ def _rounded(x, dtype: tl.constexpr):
         )
         return tl.inline_asm_elementwise(asm, "=r,=r,r,r", [x], dtype=tl.float32, is_pure=True, pack=2)
     else:
-        return _round_to(x, dtype).to(tl.float32)
+        return round_to(x, dtype).to(tl.float32)

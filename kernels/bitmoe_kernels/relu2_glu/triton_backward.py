@@ -1,0 +1,302 @@
+"""Backward of ReLU2-GLU and sub-norm in one read of dy and gate_up; its result may be e4m3 codes.
+
+What      README eq. 6-9, and 10 where the gradient goes on to 8-bit products as codes: it then never reaches memory in
+          16 bits. fp32; dgate and dup are rounded once to the dtype of gate_up, and from there to e4m3, so that the
+          codes have the bits of the separate steps.
+Contract  gate_up, gain and dy in bf16, fp16 or fp32, for codes gate_up in bf16 and one group; any sizes; tensors are
+          made contiguous; rows sorted by expert.
+Tiling    that of triton_kernels.py. A program takes a block of tokens and keeps its share of the gain's gradient in
+          registers; for codes a row of dgate and dup as well, a bf16 pair a register.
+Order     the gain's gradient is summed per block of rows and expert, then over blocks: the same bits in every run.
+Not here  fp64 input, argument checks and dispatch (op.py).
+"""
+
+# Shapes: T = tokens, F = features, G = groups of d = F / G features, E = experts, BR, P = rows and features of a piece,
+# C = blocks of tokens.
+
+import torch
+import triton
+import triton.language as tl
+
+from bitmoe_kernels.act_quant.triton_kernels import IS_INTERPRETED
+from bitmoe_kernels.relu2_glu.triton_kernels import (
+    load_piece,
+    load_piece_again,
+    piece_tile,
+    round_to,
+    rounded,
+    store_piece,
+)
+from bitmoe_kernels.ternary_gemm.triton_grad import e4m3_bytes, power_scale
+
+_REGISTERS = 128
+_WARPS_IN_FLIGHT = 2112
+"""Warps of a backward launch: 16, with _REGISTERS a thread, on each of an H200's 132 processors, in one wave. More and
+smaller blocks of tokens would write more partial sums: 4 bytes a feature and block, beside 8 or 10 a feature and token.
+"""
+_SLOTS_A_STEP = 32
+_GAINS_A_PROGRAM = 64
+
+
+def relu2_glu_quantize_backward_triton(
+    dy_TF: torch.Tensor,
+    gate_up_T2F: torch.Tensor,
+    gain: torch.Tensor | None,
+    rstd_TG: torch.Tensor | None,
+    expert_R: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """dgate_up [..., 2F] in the dtype of gate_up, and dgain fp32 in the shape of the gain, or None."""
+    dgate_up_T2F = torch.empty_like(gate_up_T2F, memory_format=torch.contiguous_format)
+    num_experts = 1 if expert_R is None else len(gain)
+    dgain = _run(dy_TF, gate_up_T2F, gain, rstd_TG, expert_R, num_experts, (dgate_up_T2F, *[None] * 5))
+    return dgate_up_T2F, dgain
+
+
+def relu2_glu_rounded_backward_triton(
+    dy_TF: torch.Tensor,
+    gate_up_T2F: torch.Tensor,
+    gain: torch.Tensor | None,
+    rstd_T1: torch.Tensor | None,
+    expert_R: torch.Tensor | None,
+    w_scale_E2: torch.Tensor,
+    x_scale_T1: torch.Tensor,
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
+    """dgate_up as ``ternary_gemm``'s codes e4m3 [T, 2F], scale [T, 1], powers [T, 1] and [E]; and dgain."""
+    num_tokens, device = len(gate_up_T2F), gate_up_T2F.device
+    codes_T2F = torch.empty(gate_up_T2F.shape, dtype=torch.int8, device=device)
+    scale_T1, power_T1 = torch.empty(2, num_tokens, 1, dtype=torch.float32, device=device)
+    largest_E = torch.zeros(len(w_scale_E2), dtype=torch.float32, device=device)
+    scales = w_scale_E2.contiguous(), x_scale_T1.contiguous()
+    outputs = codes_T2F, *scales, scale_T1, power_T1, largest_E
+    dgain = _run(dy_TF, gate_up_T2F, gain, rstd_T1, expert_R, len(w_scale_E2), outputs)
+    return (codes_T2F.view(torch.float8_e4m3fn), scale_T1, power_T1, largest_E), dgain
+
+
+def _run(dy_TF, gate_up_T2F, gain, rstd_TG, expert_R, num_experts: int, outputs: tuple) -> torch.Tensor | None:
+    """Fill ``outputs`` (dgate_up or its codes, and what belongs to codes); returns dgain."""
+    gate_up_T2F = gate_up_T2F.contiguous()
+    size = gate_up_T2F.shape[-1] // 2
+    num_tokens = gate_up_T2F.numel() // (2 * size)
+    dgain = None if gain is None else torch.empty(gain.shape, dtype=torch.float32, device=gain.device)
+    if not num_tokens:
+        return None if dgain is None else dgain.zero_()
+    groups = 1 if rstd_TG is None else rstd_TG.shape[-1]
+    tile = piece_tile(size // groups)
+    tokens_a_block = tile["BLOCK_ROWS"]
+    if gain is not None:
+        tokens_a_block *= triton.cdiv(num_tokens * groups * tile["num_warps"], _WARPS_IN_FLIGHT * tokens_a_block)
+    num_blocks = triton.cdiv(num_tokens, tokens_a_block)
+    # Tokens are sorted by expert, so block c and expert e alone have slot c + e.
+    partial_SF, offsets_E1 = None, None
+    with torch.cuda.device_of(gate_up_T2F):
+        if gain is not None:
+            gain, rstd_TG = gain.contiguous(), rstd_TG.contiguous()
+            partial_SF = torch.empty(num_blocks + num_experts - 1, size, dtype=torch.float32, device=gain.device)
+        if expert_R is not None:
+            expert_R = expert_R.contiguous()
+            bounds_E1 = torch.arange(num_experts + 1, dtype=expert_R.dtype, device=expert_R.device)
+            offsets_E1 = torch.searchsorted(expert_R, bounds_E1, out_int32=True)
+        _relu2_glu_bwd_kernel[(num_blocks, groups)](
+            dy_TF.contiguous(),
+            gate_up_T2F,
+            gain,
+            rstd_TG,
+            expert_R,
+            offsets_E1,
+            *outputs,
+            partial_SF,
+            num_tokens,
+            tokens_a_block,
+            size // groups,
+            groups,
+            gain is not None,
+            expert_R is not None,
+            outputs[1] is not None,
+            maxnreg=_REGISTERS,
+            **tile,
+        )
+        if gain is not None:
+            _relu2_glu_bwd_gain_kernel[(triton.cdiv(size, _GAINS_A_PROGRAM), num_experts)](
+                partial_SF,
+                offsets_E1,
+                dgain,
+                num_blocks,
+                tokens_a_block,
+                size,
+                expert_R is not None,
+                _SLOTS_A_STEP,
+                _GAINS_A_PROGRAM,
+                num_warps=4,
+            )
+    return dgain
+
+
+@triton.jit
+def _relu2_glu_bwd_kernel(
+    dy_ptr,
+    gate_up_ptr,
+    gain_ptr,
+    rstd_ptr,
+    expert_ptr,
+    offsets_ptr,
+    out_ptr,
+    w_scale_ptr,
+    x_scale_ptr,
+    scale_ptr,
+    power_ptr,
+    largest_ptr,
+    partial_ptr,
+    num_tokens,
+    tokens_a_block,
+    NUM_FEATURES: tl.constexpr,
+    NUM_GROUPS: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    HAS_EXPERTS: tl.constexpr,
+    AS_CODES: tl.constexpr,
+    NUM_PIECES: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_FEATURES: tl.constexpr,
+):
+    SIZE: tl.constexpr = NUM_FEATURES * NUM_GROUPS
+    offs_group = tl.program_id(1) * NUM_FEATURES
+    block_start = tl.program_id(0) * tokens_a_block
+    block_end = tl.minimum(block_start + tokens_a_block, num_tokens)
+    first_expert, last_expert = 0, 0
+    if HAS_EXPERTS:
+        first_expert, last_expert = tl.load(expert_ptr + block_start), tl.load(expert_ptr + block_end - 1)
+    for expert in range(first_expert, last_expert + 1):
+        start, end = block_start, block_end
+        if HAS_EXPERTS:
+            start = tl.maximum(start, tl.load(offsets_ptr + expert))
+            end = tl.minimum(end, tl.load(offsets_ptr + expert + 1))
+        if HAS_NORM:
+            gain_ptrs = gain_ptr + expert * SIZE + offs_group + tl.zeros([BLOCK_ROWS, 1], tl.int32)
+            dgain = ()
+            for _ in tl.static_range(NUM_PIECES):
+                dgain = dgain + (tl.zeros([BLOCK_ROWS, BLOCK_FEATURES], tl.float32),)
+        for first_token in range(start, end, BLOCK_ROWS):
+            # Tokens past the end repeat the last one; their dy is 0 in the gain's gradient.
+            tokens = first_token + tl.arange(0, BLOCK_ROWS)
+            is_token = tokens < end
+            tokens = tl.minimum(tokens, end - 1).to(tl.int64)
+            dy_ptrs = dy_ptr + (tokens * SIZE + offs_group)[:, None]
+            offs_gate = (tokens * (2 * SIZE) + offs_group)[:, None]
+            if HAS_NORM:
+                rstd = tl.load(rstd_ptr + tokens * NUM_GROUPS + tl.program_id(1))[:, None]
+                dots = tl.zeros([BLOCK_ROWS, BLOCK_FEATURES], tl.float32)
+                for piece in tl.static_range(NUM_PIECES):
+                    gate = load_piece(gate_up_ptr + offs_gate, piece, NUM_FEATURES, BLOCK_FEATURES)
+                    up = load_piece(gate_up_ptr + offs_gate + SIZE, piece, NUM_FEATURES, BLOCK_FEATURES)
+                    relu = tl.maximum(gate, 0.0, propagate_nan=tl.PropagateNan.ALL)
+                    h = rounded(relu * relu * up, gate_up_ptr.dtype.element_ty)
+                    dy = load_piece(dy_ptrs, piece, NUM_FEATURES, BLOCK_FEATURES)
+                    dots += dy * load_piece(gain_ptrs, piece, NUM_FEATURES, BLOCK_FEATURES) * h
+                mean = tl.sum(dots, axis=1, keep_dims=True) * rstd / NUM_FEATURES
+                new_dgain = ()
+            pairs, largest = (), tl.zeros([BLOCK_ROWS, BLOCK_FEATURES], tl.int32)
+            # Not in registers: that would leave no room for dgain.
+            for piece in tl.static_range(NUM_PIECES):
+                gate = load_piece_again(gate_up_ptr + offs_gate, piece, NUM_FEATURES, BLOCK_FEATURES)
+                up = load_piece_again(gate_up_ptr + offs_gate + SIZE, piece, NUM_FEATURES, BLOCK_FEATURES)
+                relu = tl.maximum(gate, 0.0, propagate_nan=tl.PropagateNan.ALL)
+                dh = load_piece_again(dy_ptrs, piece, NUM_FEATURES, BLOCK_FEATURES)
+                if HAS_NORM:
+                    unit = rounded(relu * relu * up, gate_up_ptr.dtype.element_ty) * rstd
+                    dy = dh if BLOCK_ROWS == 1 else tl.where(is_token[:, None], dh, 0.0)
+                    rounded_unit = rounded(unit, gate_up_ptr.dtype.element_ty)
+                    new_dgain = new_dgain + (dgain[piece] + dy * rounded_unit,)
+                    dunit = dh * load_piece(gain_ptrs, piece, NUM_FEATURES, BLOCK_FEATURES)
+                    dh = rstd * (dunit - unit * mean)
+                dgate = dh * 2.0 * relu * up
+                dup = dh * relu * relu
+                if AS_CODES:
+                    pair = _bf16_pair(dgate, dup)
+                    pairs, largest = pairs + (pair,), _larger_magnitudes(largest, pair)
+                else:
+                    dgate, dup = round_to(dgate, out_ptr.dtype.element_ty), round_to(dup, out_ptr.dtype.element_ty)
+                    store_piece(out_ptr + offs_gate, dgate, piece, NUM_FEATURES, BLOCK_FEATURES)
+                    store_piece(out_ptr + offs_gate + SIZE, dup, piece, NUM_FEATURES, BLOCK_FEATURES)
+            if HAS_NORM:
+                dgain = new_dgain
+            if AS_CODES:
+                w_gate, w_up = tl.load(w_scale_ptr + 2 * expert), tl.load(w_scale_ptr + 2 * expert + 1)
+                absmax = tl.maximum(_magnitude(largest << 16) * w_gate, _magnitude(largest) * w_up)
+                scale, reciprocal, power = power_scale(absmax, tl.load(x_scale_ptr + tokens))
+                tl.store(scale_ptr + tokens, scale)
+                tl.store(power_ptr + tokens, power)
+                tl.atomic_max(largest_ptr + expert, tl.max(power, axis=0), sem="relaxed")
+                for piece in tl.static_range(NUM_PIECES):
+                    dgate = _codes(pairs[piece] << 16, w_gate, reciprocal)
+                    dup = _codes(pairs[piece], w_up, reciprocal)
+                    store_piece(out_ptr + offs_gate, dgate, piece, NUM_FEATURES, BLOCK_FEATURES)
+                    store_piece(out_ptr + offs_gate + SIZE, dup, piece, NUM_FEATURES, BLOCK_FEATURES)
+        if HAS_NORM:
+            slot = tl.program_id(0) + expert
+            partial_ptrs = partial_ptr + slot * SIZE + offs_group + tl.zeros([1, 1], tl.int32)
+            for piece in tl.static_range(NUM_PIECES):
+                total = tl.sum(dgain[piece], axis=0, keep_dims=True)
+                store_piece(partial_ptrs, total, piece, NUM_FEATURES, BLOCK_FEATURES)
+
+
+@triton.jit
+def _bf16_pair(low, high):
+    """Two fp32 tiles rounded half to even to bf16, in the halves of one int32 tile."""
+    if IS_INTERPRETED:
+        low = round_to(low, tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        return low | (round_to(high, tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32) << 16)
+    else:
+        asm: tl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;"
+        return tl.inline_asm_elementwise(asm, "=r,r,r", [low, high], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _larger_magnitudes(largest, pair):
+    """The larger of ``largest`` and the magnitudes of bf16 pairs, half by half; NaN is above Inf."""
+    if IS_INTERPRETED:
+        low, high = tl.maximum(largest & 0xFFFF, pair & 0x7FFF), tl.maximum(largest >> 16, (pair >> 16) & 0x7FFF)
+        return low | (high << 16)
+    else:
+        asm: tl.constexpr = "{ .reg .b32 size; and.b32 size, $2, 0x7FFF7FFF; max.u16x2 $0, $1, size; }"
+        return tl.inline_asm_elementwise(asm, "=r,r,r", [largest, pair], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _magnitude(bits):
+    """The largest of each row, fp32 [BR], of magnitudes in the high halves of ``bits``; Inf where one is not finite."""
+    return tl.minimum(tl.max(bits & 0x7FFF0000, axis=1), 0x7F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _codes(bits, w_scale, reciprocal):
+    """Bytes of e4m3 codes of bf16 numbers in the high halves of ``bits``; 0 in rows whose reciprocal is 0."""
+    x = (bits & -65536).to(tl.float32, bitcast=True) * w_scale * reciprocal[:, None]
+    return tl.where(reciprocal[:, None] > 0, e4m3_bytes(x), 0)
+
+
+@triton.jit
+def _relu2_glu_bwd_gain_kernel(
+    partial_ptr,
+    offsets_ptr,
+    dgain_ptr,
+    num_blocks,
+    tokens_a_block,
+    SIZE: tl.constexpr,
+    HAS_EXPERTS: tl.constexpr,
+    BLOCK_SLOTS: tl.constexpr,
+    BLOCK_FEATURES: tl.constexpr,
+):
+    expert = tl.program_id(1)
+    first, end = 0, num_blocks
+    if HAS_EXPERTS:
+        start_token, end_token = tl.load(offsets_ptr + expert), tl.load(offsets_ptr + expert + 1)
+        first = start_token // tokens_a_block
+        # The slots of an expert without tokens may never have been written.
+        end = tl.where(start_token < end_token, tl.cdiv(end_token, tokens_a_block), first)
+    features = tl.program_id(0) * BLOCK_FEATURES + tl.arange(0, BLOCK_FEATURES)
+    sums = tl.zeros([BLOCK_SLOTS, BLOCK_FEATURES], tl.float32)
+    for block in range(first, end, BLOCK_SLOTS):
+        blocks = block + tl.arange(0, BLOCK_SLOTS)
+        offs = (blocks + expert).to(tl.int64)[:, None] * SIZE + features[None, :]
+        mask = (blocks < end)[:, None] & (features < SIZE)[None, :]
+        sums += tl.load(partial_ptr + offs, mask=mask, other=0.0)
+    tl.store(dgain_ptr + expert * SIZE + features, tl.sum(sums, axis=0), mask=features < SIZE)
