@@ -134,13 +134,13 @@ def test_transposing_kernel_has_the_references_bits(counts, dtype):
 
     num_rows, ends_E = sum(counts), ends(counts)
     x, num_columns = codes(num_rows + 2, 140, low=-8, high=7).to(dtype), padded_rows(num_rows + 2, len(counts))
-    power, largest = torch.exp2(codes(num_rows + 2, 1, low=-9, high=0).float()), torch.ones(len(counts), device=DEVICE)
+    power, largest = torch.exp2(codes(num_rows + 2, 1, low=-9, high=0).float()), (torch.tensor(counts) > 0).float()
     tiles = row_tiles(ends_E, num_columns, 128, cover_padding=True)
     end = int(tiles.padded_ends_E[-1])
     plain = grouped_transpose_codes_reference(x, ends_E)
     cases = {(): plain}
     if dtype == FLOAT8:
-        cases[power, largest] = grouped_shifted_columns_reference(x, power, largest, ends_E)
+        cases[power, largest.to(DEVICE)] = grouped_shifted_columns_reference(x, power, largest, ends_E)
     for powers, expected in cases.items():
         columns = torch.full((140, num_columns), 77, dtype=torch.int8, device=DEVICE)
         kernels.grouped_transpose_codes(x.view(torch.int8), tiles, columns, *powers)
