@@ -108,10 +108,28 @@ def draw(name: str, records: list[dict[str, Any]], config: dict[str, Any] | None
     return figure
 
 
+def smooth(values: np.ndarray) -> np.ndarray:
+    """Centred moving average over a twentieth of a curve, shorter at its ends.
+
+    Args:
+        values: [N]; NaN and infinities are left out.
+
+    Returns:
+        [N]; NaN where there is nothing to average.
+    """
+    half = len(values) // 40
+    finite = np.isfinite(values)
+    padded = np.pad(np.where(finite, values, 0.0), half)
+    counts = np.pad(finite.astype(float), half)
+    window = np.ones(2 * half + 1)
+    with np.errstate(invalid="ignore"):
+        return np.convolve(padded, window, "valid") / np.convolve(counts, window, "valid")
+
+
 def _draw_loss(axis: Axes, records: list[dict[str, Any]]) -> None:
     steps, values = _series(records, "lm_loss")
     axis.plot(steps, values, color=_BLUE, alpha=0.4, linewidth=0.8)
-    axis.plot(steps, _smooth(values), color=_BLUE, linewidth=1.8, label="training")
+    axis.plot(steps, smooth(values), color=_BLUE, linewidth=1.8, label="training")
     seen = [values]
     if any(_is_number(record.get("val_loss")) for record in records):
         steps, values = _series(records, "val_loss")
@@ -252,17 +270,6 @@ def _series(records: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.nda
     points = [(record["step"], record[key]) for record in records if _is_number(record.get(key))]
     steps, values = zip(*points, strict=True)
     return np.array(steps), np.array(values, dtype=float)
-
-
-def _smooth(values: np.ndarray) -> np.ndarray:
-    """Centred moving average [N] over a twentieth of the curve; NaN and infinities are left out."""
-    half = len(values) // 40
-    finite = np.isfinite(values)
-    padded = np.pad(np.where(finite, values, 0.0), half)
-    counts = np.pad(finite.astype(float), half)
-    window = np.ones(2 * half + 1)
-    with np.errstate(invalid="ignore"):
-        return np.convolve(padded, window, "valid") / np.convolve(counts, window, "valid")
 
 
 def _is_number(value: Any) -> bool:

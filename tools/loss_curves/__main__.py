@@ -1,0 +1,126 @@
+"""The same model trained in several ways on the same text, and their loss curves in one figure.
+
+    python tools/loss_curves run --out runs/curves               # 8 runs, two at a time on one GPU
+    python tools/loss_curves run --out runs/curves --only moe --jobs 1 optim.lr=6e-4
+    python tools/loss_curves plot runs/curves --out docs/loss-curves
+
+A dense model and a mixture of experts (experiments ``curves_dense`` and ``curves_moe``), each unquantized in bf16, as
+a4.8 with both backwards, and as a4.8 once more from another seed: what a seed changes is the measure for what a
+backward changes. ``run`` leaves the record of all runs in one file, which ``plot`` draws here or elsewhere.
+
+Runs are those of ``bitmoe pretrain``, in processes of their own. One that fails does not keep the others from running,
+and one that has finished is not run again. Checkpoints of finished runs are deleted.
+"""
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+
+from curve_runs import MODELS, SECOND_STAGE, CurveRun, all_runs
+from figure import draw
+from jobs import Trainings, visible_gpus
+from pack import PACK_NAME, read_pack, write_pack
+from summary import table, write_summaries
+
+from bitmoe.config.compose import compose
+from bitmoe.config.errors import InputError
+from bitmoe.config.validate import validate
+from bitmoe.data.prepare import prepare
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run or plot; 1 if a run failed, 2 where the input is no good."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        return run(parsed) if parsed.command == "run" else plot(parsed)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train what is not yet trained; 1 if a run failed."""
+    overrides = [f"run.steps={arguments.steps}", *arguments.overrides]
+    runs = all_runs(arguments.only, overrides, arguments.second_stage)
+    _prepare_text(runs)
+    folder, pack = arguments.out, arguments.pack or arguments.out / PACK_NAME
+    folder.mkdir(parents=True, exist_ok=True)
+    # A batch system's signal ends the trainings, too, and what they have is recorded.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    trainings = Trainings(folder, arguments.jobs, visible_gpus(), arguments.commit)
+    failed = trainings.run(runs, on_news=lambda: write_pack(pack, folder, runs))
+    print(table(read_pack(pack)))
+    print(f"record {pack}; draw it with: python tools/loss_curves plot {pack} --out PREFIX")
+    if failed:
+        print(f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}", file=sys.stderr)
+    return int(bool(failed))
+
+
+def plot(arguments: argparse.Namespace) -> int:
+    """Draw the figure, write one line of JSON for each run, and print the table."""
+    source = arguments.source / PACK_NAME if arguments.source.is_dir() else arguments.source
+    curves = read_pack(source)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    picture, lines = (Path(f"{arguments.out}{ending}") for ending in (".png", ".jsonl"))
+    draw(curves).savefig(picture, dpi=150)
+    write_summaries(lines, curves)
+    print(table(curves))
+    print(f"{picture} {lines}")
+    return 0
+
+
+def _prepare_text(runs: list[CurveRun]) -> None:
+    """Refuse runs that cannot work before the first begins, and tokenize once for all: they would do it all at once."""
+    configs = {run: compose(run.overrides) for run in runs}
+    for config in configs.values():
+        validate(config, config.run.nproc or config.parallel.smallest_world_size)
+    for model, config in {run.model: config for run, config in configs.items()}.items():
+        data = prepare(config)
+        a_step = config.run.global_batch_size * config.context.seq_length
+        passes = config.run.steps * a_step / data.train_tokens
+        print(
+            f"{model}: {config.run.steps:,} steps of {a_step:,} tokens read the {data.train_tokens:,} tokens of the "
+            f"training text {passes:.2f} times; {data.eval_tokens:,} are held out",
+            flush=True,
+        )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "loss_curves", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    add = commands.add_parser("run", help="train").add_argument
+    add("overrides", nargs="*", metavar="KEY=VALUE", help="overrides of bitmoe pretrain's config, for all runs")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder of the runs")
+    add("--only", type=_models, default=list(MODELS), metavar="NAMES", help=f"some of {','.join(MODELS)} (all)")
+    add("--jobs", type=_positive, default=2, help="runs at once, in turn on the visible GPUs (default: %(default)s)")
+    add("--steps", type=_positive, default=1000, help="optimizer steps of each run (default: %(default)s)")
+    stage = "where 4-bit inputs begin, as a share of the steps (default: %(default)s; the papers': 0.95)"
+    add("--second-stage", type=float, default=SECOND_STAGE, metavar="SHARE", help=stage)
+    add("--pack", type=Path, metavar="FILE", help=f"record of all runs (default: DIR/{PACK_NAME})")
+    add("--commit", metavar="NAME", help="what to record as commit where this is no git checkout")
+    add = commands.add_parser("plot", help="draw").add_argument
+    add("source", type=Path, help="folder of the runs, or their record")
+    add("--out", type=Path, required=True, metavar="PREFIX", help="writes PREFIX.png and PREFIX.jsonl")
+    return parser
+
+
+def _models(text: str) -> list[str]:
+    names = text.split(",")
+    for name in names:
+        if name not in MODELS:
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(MODELS)}")
+    return names
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())
