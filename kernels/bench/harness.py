@@ -110,8 +110,15 @@ def time_pass(run: Callable[[], object], repeats: int = REPEATS, can_record: boo
             return Timing(_median_ms(graph.replay, repeats), "graph")
         except RuntimeError as error:
             torch.cuda.synchronize()
+            _renew_generator()
             print(f"timed eagerly, because recording failed: {first_line(error)}", flush=True)
     return Timing(_median_ms(run, repeats), "events")
+
+
+def _renew_generator() -> None:
+    """A recording that failed leaves the random generator in the belief that one goes on, and it refuses to work."""
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    generator.graphsafe_set_state(generator.clone_state())
 
 
 def _median_ms(call: Callable[[], object], repeats: int) -> float:
