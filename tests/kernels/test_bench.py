@@ -82,10 +82,12 @@ def test_passes_run(bench):
 
 
 @pytest.mark.parametrize("name", ["qkv", "down"])
-@pytest.mark.parametrize("title", ["fake quant, eager", "torchao bitnet_training"])
-def test_baseline_is_close(bench, title, name):
+@pytest.mark.parametrize("title", ["fake quant, eager", "torchao bitnet_training", "FP8 row-wise, compiled"])
+def test_baseline_is_close(bench, title, name, monkeypatch):
     if title.startswith("torchao"):
         pytest.importorskip("torchao")
+    # A compiler is not everywhere.
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     baselines, inputs = bench("baselines"), small_inputs(bench)
     baseline = baselines.BASELINES[title]
     forward, weights = baseline.make(inputs)
@@ -95,16 +97,8 @@ def test_baseline_is_close(bench, title, name):
         baselines.check_baseline(baseline, lambda *args: forward(*args).flip(0), weights, inputs, name)
 
 
-def test_float8_baseline(bench):
-    baselines, inputs = bench("baselines"), small_inputs(bench)
-    weights = {name: w.requires_grad_() for name, (_, w, _) in inputs.items()}
-
-    def forward(name, x):
-        return baselines.Float8Linear.apply(x, weights[name])
-
-    baseline = baselines.BASELINES["FP8 row-wise, compiled"]
-    baselines.check_baseline(baseline, forward, weights, inputs, "qkv")
-    codes, scale = baselines.float8_rows(torch.tensor([[1.0, -2.0], [0.0, 0.0]]))
+def test_float8_rows(bench):
+    codes, scale = bench("baselines").float8_rows(torch.tensor([[1.0, -2.0], [0.0, 0.0]]))
     assert codes.float().tolist() == [[224.0, -448.0], [0.0, 0.0]]
     assert scale[0].item() == pytest.approx(2 / 448)
 
