@@ -105,7 +105,8 @@ def time_pass(run: Callable[[], object], repeats: int = REPEATS, can_record: boo
     if can_record:
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            # Only this thread's calls must be recordable: process groups have a watchdog, autograd a thread of its own.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 run()
             return Timing(_median_ms(graph.replay, repeats), "graph")
         except RuntimeError as error:
