@@ -57,7 +57,7 @@ eval: setup  ## Evaluate a run with lm-eval on the text it held out, at each of 
 	@.venv/bin/python tools/evaluate.py $(MODEL) --run $(RUN) --kv-bits $(KV_BITS)
 
 .PHONY: bench-gpu
-bench-gpu:  ## Benchmarks of one NVIDIA GPU, run by BENCH_PYTHON; RESULTS=file takes the JSON lines.
+bench-gpu:  ## Benchmarks of one NVIDIA GPU beside baselines, run by BENCH_PYTHON; RESULTS=file takes the JSON lines.
 	@PYTHONPATH=.:kernels $(BENCH_PYTHON) tools/bench_gpu.py --out $(RESULTS)
 
 .PHONY: test

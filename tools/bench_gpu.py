@@ -1,51 +1,66 @@
-"""All benchmarks of one NVIDIA GPU, one after the other; their JSON lines in one file.
+"""All benchmarks of one NVIDIA GPU, one after the other: their JSON lines in one file, and a table of all ratios.
 
     PYTHONPATH=.:kernels python tools/bench_gpu.py --out bench.jsonl
     PYTHONPATH=.:kernels python tools/bench_gpu.py --only linears,step
 
 Each benchmark runs in a process of its own, so that none finds the memory or the clocks another left. Those of
-operators check that their products are exact and their gradients close before they time anything, and print nothing
-where they are not: then this stops, too.
+operators and of routed experts check their results before they time anything. Where one refuses, everything stops:
+no table is printed, because the others run the same operators. A benchmark that fails in another way, or loses one
+of its trainers, is named at the end and leaves the others alone; the exit status is then 1.
 """
 
 import argparse
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
+from bench_summary import figures, table
 
 ROOT = Path(__file__).resolve().parent.parent
+REFUSED = 3
+"""Exit status of a benchmark whose results are wrong, as in kernels/bench/harness.py."""
+
+STEPS = ["--warmup", "3", "--steps", "9"]
+LAYER = ["--layer", "--model", "7b", "--micro-batch", "4"]
+TRAINERS = "bitmoe-8bit,bitmoe-bf16-backward,megatron-bf16,llama-bf16,fake-quant"
 BENCHMARKS = {
-    "quantizers": ["kernels/bench/quantizers.py", "--tokens", "8192"],
+    "quantizers": ["kernels/bench/quantizers.py"],
     "linears": ["kernels/bench/linears.py"],
     "grouped": ["kernels/bench/grouped.py"],
-    "step": ["tools/bench_step"],
-    "step 8k": ["tools/bench_step", "--seq", "8192", "--micro-batch", "2", "--trainers", "bitmoe-8bit,llama-bf16"],
+    "moe": ["tools/bench_moe"],
+    "layer": ["tools/bench_step", *LAYER, "--trainers", TRAINERS],
+    "step": ["tools/bench_step", *STEPS, "--trainers", TRAINERS],
+    "step 8k": [
+        "tools/bench_step",
+        *STEPS,
+        "--seq",
+        "8192",
+        "--micro-batch",
+        "2",
+        "--trainers",
+        "bitmoe-8bit,llama-bf16",
+    ],
 }
 
 
-def run(name: str, command: list[str]) -> list[str]:
-    """Run one benchmark, show what it prints, and return its JSON lines.
-
-    Raises:
-        SystemExit: it failed; with its status.
-    """
+def run(name: str, command: list[str]) -> tuple[int, list[str]]:
+    """Run one benchmark, show what it prints, and return its status and its JSON lines."""
     print(f"== {name}: python {' '.join(command)}", flush=True)
+    start, lines = time.perf_counter(), []
     process = subprocess.Popen(
         [sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    lines = []
     for line in process.stdout:
         if is_json(line):
             lines.append(line)
         else:
             print(line, end="", flush=True)
-    if process.wait():
-        print(f"{name} failed with status {process.returncode}: the others were not run", file=sys.stderr)
-        raise SystemExit(process.returncode)
-    return lines
+    status = process.wait()
+    print(f"-- {name}: {time.perf_counter() - start:.0f} s, status {status}", flush=True)
+    return status, lines
 
 
 def is_json(line: str) -> bool:
@@ -56,8 +71,33 @@ def is_json(line: str) -> bool:
         return False
 
 
-def main() -> None:
-    """Run what was asked for; each benchmark's lines are written as soon as it ends."""
+def run_all(names: list[str], out: Path) -> int:
+    """Run benchmarks; each one's lines are written as soon as it ends.
+
+    Returns:
+        0; 1 where some failed; REFUSED where one's results are wrong, and those after it were not run.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.unlink(missing_ok=True)
+    start, failed, results = time.perf_counter(), [], []
+    for name in names:
+        status, lines = run(name, BENCHMARKS[name])
+        if status == REFUSED:
+            print(f"{name} refused: its results are wrong. No figures; the others were not run", file=sys.stderr)
+            out.unlink(missing_ok=True)
+            return REFUSED
+        failed += [name] if status else []
+        results += map(json.loads, lines)
+        with out.open("a") as file:
+            file.writelines(lines)
+    print(f"\n{table(figures(results))}\n\n{time.perf_counter() - start:.0f} s; results in {out}", flush=True)
+    if failed:
+        print(f"failed, or lost a part: {', '.join(failed)}", file=sys.stderr)
+    return int(bool(failed))
+
+
+def main() -> int:
+    """Run what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("bench.jsonl"), help="JSON lines (default: %(default)s)")
     parser.add_argument("--only", default=",".join(BENCHMARKS), help="which, with commas (default: %(default)s)")
@@ -67,14 +107,8 @@ def main() -> None:
         parser.error(f"no benchmark is called {', '.join(unknown)}: choose from {', '.join(BENCHMARKS)}")
     if not torch.cuda.is_available():
         parser.error("this machine has no CUDA device")
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.unlink(missing_ok=True)
-    for name in names:
-        lines = run(name, BENCHMARKS[name])
-        with arguments.out.open("a") as file:
-            file.writelines(lines)
-    print(f"results in {arguments.out}")
+    return run_all(names, arguments.out)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -16,11 +16,11 @@ import json
 import sys
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import version
-from typing import NamedTuple
 
 import torch
-from linears import MIN_COSINE, commit, require, ternary_weight, time_stages
+from harness import Mark, machine, require, require_gpu, time_stages
+from linears import MIN_COSINE, ternary_weight
+from shapes import MOE_LAYERS, MoELayer
 
 from bitmoe_kernels.act_quant import dequantize, quantize_int4, quantize_int8
 from bitmoe_kernels.grouped_ternary_gemm import (
@@ -39,24 +39,7 @@ from bitmoe_kernels.weight_quant import ternarize
 #         inputs.
 
 FLOAT8 = torch.float8_e4m3fn
-Mark = Callable[[str], None]
-
-
-class Layer(NamedTuple):
-    """A mixture of experts with gated FFNs."""
-
-    num_experts: int
-    hidden_size: int
-    ffn_size: int
-    top_k: int
-    num_tokens: int
-
-
-LAYERS = {
-    "8x(4096,14336) top-2": Layer(8, 4096, 14336, 2, 8192),
-    "64x(2048,1408) top-6": Layer(64, 2048, 1408, 6, 16384),
-}
-SMALL_LAYER = Layer(8, 512, 768, 2, 1024)
+SMALL_LAYER = MoELayer(8, 512, 768, 2, 1024)
 VARIANTS = {
     "8-bit torch FP8": {"backend": "torch"},
     "8-bit Triton FP8": {"backend": "triton"},
@@ -65,7 +48,7 @@ VARIANTS = {
 STAGES = ("forward product", "dgrad product", "wgrad product")
 
 
-def make_inputs(layer: Layer, seed: int = 0) -> tuple[RowPlan, dict[str, tuple]]:
+def make_inputs(layer: MoELayer, seed: int = 0) -> tuple[RowPlan, dict[str, tuple]]:
     """Rows of a balanced router, and x [T, I] or (down) [R, I], w [E, O, I], dy [R, O] in bf16 of both linears."""
     generator = torch.Generator("cuda").manual_seed(seed)
 
@@ -195,9 +178,9 @@ def time_layer(one_linear: Callable, plan: RowPlan, linears: dict) -> dict[str, 
     return time_stages(run)
 
 
-def print_tables(title: str, layer: Layer, tables: dict[str, dict[str, float]]) -> None:
+def print_tables(layer: MoELayer, tables: dict[str, dict[str, float]]) -> None:
     """Milliseconds of every stage, then the products' rates; the first table is bf16."""
-    print(f"\n{title + ', ms':28}" + "".join(f"{name:>22}" for name in tables))
+    print(f"\n{layer.title}\n{'ms':28}" + "".join(f"{name:>22}" for name in tables))
     for stage in dict.fromkeys(stage for table in reversed(tables.values()) for stage in table):
         cells = [table.get(stage) for table in tables.values()]
         print(f"{stage:28}" + "".join(f"{cell:22.3f}" if cell is not None else f"{'-':>22}" for cell in cells))
@@ -220,8 +203,8 @@ def sweep_tiles() -> None:
     # m, n, k, warps, stages, programs on one processor.
     tiles = [(128, 256, 128, 8, 3, 1), (128, 256, 128, 8, 4, 1), (256, 128, 128, 8, 3, 1), (128, 128, 128, 8, 4, 1)]
     tiles += [(128, 128, 128, 4, 3, 2), (64, 128, 128, 4, 3, 2), (64, 256, 128, 4, 3, 1), (64, 128, 128, 4, 4, 2)]
-    for title, layer in LAYERS.items():
-        plan, linears = make_inputs(layer)
+    for layer in MOE_LAYERS:
+        title, (plan, linears) = layer.title, make_inputs(layer)
         x_RI, w_EOI, dy_RO = linears["down"]
         flops = 2e-9 * w_EOI[0].numel() * len(x_RI)
         x_codes, x_scale = quantize_int8(x_RI)
@@ -253,7 +236,7 @@ def sweep_tiles() -> None:
 
 def main() -> None:
     """Check, time, print."""
-    require(torch.cuda.is_available(), "this needs a GPU")
+    require_gpu()
     torch.manual_seed(0)
     check_exactness()
     if "--tiles" in sys.argv:
@@ -262,15 +245,14 @@ def main() -> None:
     gradients = check_gradients()
     for what, figures in gradients.items():
         print(f"{what:36} cosine {figures['cosine']:.6f}  relative error {figures['relative_error']:.4f}")
-    result = {"bench": "grouped", "gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
-    result |= {"triton": version("triton"), "commit": commit(), "gradients": gradients, "layers": {}}
-    for title, layer in LAYERS.items():
+    result = {"bench": "grouped", **machine(), "gradients": gradients, "layers": {}}
+    for layer in MOE_LAYERS:
         plan, linears = make_inputs(layer)
         tables = {"bf16": time_layer(bf16_linear, plan, linears)}
         for variant, options in VARIANTS.items():
             tables[variant] = time_layer(partial(eight_bit_linear, **options), plan, linears)
-        print_tables(title, layer, tables)
-        result["layers"][title] = tables
+        print_tables(layer, tables)
+        result["layers"][layer.title] = tables
         del linears
     print(json.dumps(result))
 

@@ -1,26 +1,26 @@
-"""Linears of one 7B layer, forward and backward: bf16 cuBLAS against 8-bit products with their quantization.
+"""Linears of one layer, forward and backward: bf16 cuBLAS against 8-bit products with their quantization.
 
-    PYTHONPATH=kernels python kernels/bench/linears.py           # table and one JSON line
+    PYTHONPATH=kernels python kernels/bench/linears.py           # tables and a JSON line for each shape
     PYTHONPATH=kernels python kernels/bench/linears.py --tiles   # rates of the INT8 kernel by tile, nothing else
 
-Both sides call plain functions (no autograd) in one process, layer by layer: a pass reads and writes more than 2 GB,
-so nothing it reads is left in L2 from the pass before. Times are CUDA events, medians. Ours pays for everything:
-activations quantized, weights ternarized (once a pass: one micro-batch), transposed copies, dY rounded. Linears with
-INT8 inputs have their weight gradient in bf16, as the layers do.
+Shapes are those of ``shapes.py``. Both sides call plain functions (no autograd) in one process, linear by linear: a
+pass reads and writes more than L2 holds, so nothing it reads is left there from the pass before. Whole passes are
+replayed as CUDA graphs; stages are timed by events. Ours pays for everything: activations quantized, weights ternarized
+(once a pass: one micro-batch), transposed copies, dY rounded. Linears with INT8 inputs have their weight gradient in
+bf16, as the layers do. At one shape the other ways to train such linears are timed, too: see ``baselines.py``.
 No number is printed unless the products are exact and the gradients close to fp64.
 """
 
 import itertools
 import json
-import statistics
-import subprocess
 import sys
 from collections.abc import Callable
 from functools import cache, partial
-from importlib.metadata import version
-from pathlib import Path
 
 import torch
+from baselines import BASELINES, check_baseline, layer_pass
+from harness import Mark, Timing, first_line, free, machine, require, require_gpu, time_pass, time_stages
+from shapes import ALL_BASELINES, COLUMN_LINEARS, DENSE_LAYERS, LINEAR_RUNS, linear_flops, linear_shapes
 
 from bitmoe_kernels.act_quant import dequantize, quantize_int4, quantize_int8
 from bitmoe_kernels.ternary_gemm import input_grad, quantize_grad, scaled_code_matmul, weight_grad
@@ -28,18 +28,15 @@ from bitmoe_kernels.weight_quant import TernaryOperands, absmean_scale, absmean_
 
 # Shapes: T = tokens, I = inputs, O = outputs, G = groups of inputs; "..." = no dimension, or experts.
 
+# Of the stage tables and the checks; projections side by side are the same in every layer.
 NUM_TOKENS = 8192
-HIDDEN, FFN = 4096, 11008
-WARMUP, REPEATS = 3, 15
+HIDDEN, FFN = DENSE_LAYERS["7B"]
+LINEARS = linear_shapes(DENSE_LAYERS["7B"])
 MIN_COSINE = 0.999
 FLOAT8 = torch.float8_e4m3fn
-# name: outputs, inputs, number of projections side by side. Column-parallel linears read INT4 codes, the others INT8.
-COLUMN_LINEARS = {"qkv": (3 * HIDDEN, HIDDEN, 3), "gate_up": (2 * FFN, HIDDEN, 2)}
-ROW_LINEARS = {"o": (HIDDEN, HIDDEN, 1), "down": (HIDDEN, FFN, 1)}
-LINEARS = COLUMN_LINEARS | ROW_LINEARS
+CONTRACTED = sorted({shape.inputs for layer in DENSE_LAYERS.values() for shape in linear_shapes(layer).values()})
 # name: groups of the inputs of row-parallel linears.
 VARIANTS = {"8-bit G=1": 1, "8-bit G=8": 8}
-Mark = Callable[[str], None]
 
 
 @cache
@@ -98,10 +95,10 @@ def bf16_pass(name: str, x_TI, w_OI, dy_TO, mark: Mark, is_fused: bool = True) -
     mark("wgrad product")
 
 
-def make_inputs(name: str, num_tokens: int, device: str, seed: int = 0):
+def make_inputs(name: str, num_tokens: int, device: str, seed: int = 0, shapes: dict = LINEARS):
     """x [T, I], w [O, I], dy [T, O] in bf16; tokens of dy differ in size, as those of a loss do."""
     generator = torch.Generator(device).manual_seed(seed)
-    outputs, inputs, _ = LINEARS[name]
+    outputs, inputs, _ = shapes[name]
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=device, generator=generator)
@@ -111,15 +108,9 @@ def make_inputs(name: str, num_tokens: int, device: str, seed: int = 0):
     return x_TI.bfloat16(), w_OI.bfloat16(), dy_TO.bfloat16()
 
 
-def require(is_true: bool, what: str) -> None:
-    """Stop without a number where a check fails."""
-    if not is_true:
-        raise SystemExit(f"refused: {what}")
-
-
-def check_exactness(device: str, sizes: tuple = ((200, HIDDEN, 272), (129, FFN, 144))) -> None:
+def check_exactness(device: str, all_inputs: list[int] = CONTRACTED, num_tokens: int = 200, outputs: int = 272) -> None:
     """Products of random and of worst-case codes against fp64, which is exact here; int8 also at G = 8."""
-    for num_tokens, inputs, outputs in sizes:
+    for inputs in all_inputs:
         w = torch.randint(-1, 2, (outputs, inputs), dtype=torch.int8, device=device)
         random_int4 = torch.randint(-8, 8, (num_tokens, inputs), dtype=torch.int8, device=device)
         random_int8 = torch.randint(-128, 128, (num_tokens, inputs), dtype=torch.int8, device=device)
@@ -161,31 +152,6 @@ def check_gradients(device: str, num_tokens: int = 2048) -> dict[str, dict[str, 
             require(cosine > MIN_COSINE, f"{what} of {name}, {variant}: cosine {cosine:.6f}")
             report[f"{name} {what} {variant}"] = {"cosine": round(cosine, 6), "relative_error": round(error, 5)}
     return report
-
-
-def time_stages(run: Callable[[Mark], None]) -> dict[str, float]:
-    """Median milliseconds between consecutive marks of one pass, summed by stage."""
-    totals: dict[str, list[float]] = {}
-    for repeat in range(WARMUP + REPEATS):
-        marks = [("start", torch.cuda.Event(enable_timing=True))]
-        marks[0][1].record()
-
-        def mark(stage: str, marks=marks) -> None:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            marks.append((stage, event))
-
-        run(mark)
-        torch.cuda.synchronize()
-        if repeat < WARMUP:
-            continue
-        elapsed: dict[str, float] = {}
-        for (_, before), (stage, after) in zip(marks[:-1], marks[1:], strict=True):
-            elapsed[stage] = elapsed.get(stage, 0.0) + before.elapsed_time(after)
-        elapsed["total"] = marks[0][1].elapsed_time(marks[-1][1])
-        for stage, elapsed_ms in elapsed.items():
-            totals.setdefault(stage, []).append(elapsed_ms)
-    return {stage: round(statistics.median(values), 4) for stage, values in totals.items()}
 
 
 def time_layer(one_pass: Callable, inputs: dict) -> dict[str, dict[str, float]]:
@@ -247,17 +213,66 @@ def sweep_tiles() -> None:
                 print(chunk_size, tile, per_processor, f"does not run: {type(error).__name__}: {error}"[:200])
 
 
-def main() -> None:
-    """Check, time, print."""
-    require(torch.cuda.is_available(), "this needs a GPU")
-    torch.manual_seed(0)
-    check_exactness("cuda")
-    if "--tiles" in sys.argv:
-        sweep_tiles()
-        return
-    gradients = check_gradients("cuda")
-    for what, figures in gradients.items():
-        print(f"{what:24} cosine {figures['cosine']:.6f}  relative error {figures['relative_error']:.4f}")
+def whole_pass(one_pass: Callable, inputs: dict) -> Callable[[], None]:
+    """One pass over all linears of a layer, without marks."""
+
+    def run() -> None:
+        for name, tensors in inputs.items():
+            one_pass(name, *tensors, mark=lambda stage: None)
+
+    return run
+
+
+def time_sides(inputs: dict) -> dict[str, tuple[str, Timing]]:
+    """Each side's kind (bf16 or ours) and the time of its pass."""
+    passes = {"bf16, projections in one": ("bf16", bf16_pass)}
+    passes["bf16, one by one"] = ("bf16", partial(bf16_pass, is_fused=False))
+    passes |= {variant: ("ours", partial(eight_bit_pass, groups=groups)) for variant, groups in VARIANTS.items()}
+    return {title: (kind, time_pass(whole_pass(one_pass, inputs))) for title, (kind, one_pass) in passes.items()}
+
+
+def time_baselines(inputs: dict) -> tuple[dict[str, tuple[str, Timing]], dict[str, str]]:
+    """The same of what others train with, and why some of them were left out."""
+    timed, skipped = {}, {}
+    for title, baseline in BASELINES.items():
+        try:
+            forward, weights = baseline.make(inputs)
+            check_baseline(baseline, forward, weights, inputs, "o")
+            timed[title] = "other", time_pass(layer_pass(forward, weights, inputs))
+        except Exception as error:  # noqa: BLE001
+            skipped[title] = first_line(error)
+        forward = weights = None
+        torch.compiler.reset()
+        free()
+    return timed, skipped
+
+
+def run_shape(size: str, num_tokens: int) -> dict:
+    """Time one layer, print its table and return its results."""
+    layer = DENSE_LAYERS[size]
+    shapes = linear_shapes(layer)
+    inputs = {name: make_inputs(name, num_tokens, "cuda", shapes=shapes) for name in shapes}
+    timed, skipped = time_sides(inputs), {}
+    if (size, num_tokens) == ALL_BASELINES:
+        others, skipped = time_baselines(inputs)
+        timed |= others
+    flops = linear_flops(layer, num_tokens)
+    best_ms = min(timing.ms for kind, timing in timed.values() if kind == "bf16")
+    title = f"{size} ({layer.hidden_size}, {layer.ffn_size}), {num_tokens:,} tokens"
+    print(f"\n{title:38}{'ms':>9}{'TFLOP/s':>9}{'of bf16':>9}")
+    results = []
+    for name, (kind, timing) in timed.items():
+        tflops = round(1e-9 * flops / timing.ms, 1)
+        note = "" if timing.how == "graph" else f"  ({timing.how})"
+        print(f"{name:38}{timing.ms:9.3f}{tflops:9.0f}{best_ms / timing.ms:8.2f}x{note}", flush=True)
+        results.append({"name": name, "kind": kind, **timing._asdict(), "tflops": tflops})
+    for name, why in skipped.items():
+        print(f"{name:38}left out: {why}")
+    return {"shape": title, "results": results, "skipped": skipped}
+
+
+def run_stages() -> dict[str, dict]:
+    """Stage by stage at 7B: print the tables and return them."""
     inputs = {name: make_inputs(name, NUM_TOKENS, "cuda") for name in LINEARS}
     fused = time_layer(bf16_pass, inputs)
     separate = time_layer(partial(bf16_pass, is_fused=False), inputs)
@@ -266,17 +281,25 @@ def main() -> None:
         variant: time_layer(partial(eight_bit_pass, groups=groups), inputs) for variant, groups in VARIANTS.items()
     }
     print_tables(bf16, tables)
-    result = {"bench": "linears", "tokens": NUM_TOKENS, "gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
-    result |= {"triton": version("triton"), "commit": commit(), "gradients": gradients}
-    result |= {"bf16_fused": fused, "bf16_separate": separate} | tables
-    print(json.dumps(result))
+    return {"bf16_fused": fused, "bf16_separate": separate, **tables}
 
 
-def commit() -> str:
-    """The checkout's commit, or what git says instead."""
-    folder = Path(__file__).resolve().parent
-    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or done.stderr.strip()
+def main() -> None:
+    """Check, time, print."""
+    require_gpu()
+    torch.manual_seed(0)
+    check_exactness("cuda")
+    if "--tiles" in sys.argv:
+        sweep_tiles()
+        return
+    gradients = check_gradients("cuda")
+    for what, figures in gradients.items():
+        print(f"{what:24} cosine {figures['cosine']:.6f}  relative error {figures['relative_error']:.4f}")
+    about = {"bench": "linears", **machine()}
+    print(json.dumps({**about, "gradients": gradients, "stages": run_stages()}), flush=True)
+    for size, num_tokens in LINEAR_RUNS:
+        free()
+        print(json.dumps({**about, **run_shape(size, num_tokens)}), flush=True)
 
 
 if __name__ == "__main__":

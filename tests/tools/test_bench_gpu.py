@@ -1,6 +1,7 @@
-"""``tools/bench_gpu.py``: one file of results, and a benchmark that fails stops it."""
+"""``tools/bench_gpu.py``: one file of results, one table, and a refusal that stops everything."""
 
-import importlib.util
+import importlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,36 +9,65 @@ from pathlib import Path
 import pytest
 import torch
 
-TOOL = Path(__file__).parents[2] / "tools" / "bench_gpu.py"
+TOOLS = Path(__file__).parents[2] / "tools"
+TOOL = TOOLS / "bench_gpu.py"
 
 
 @pytest.fixture
-def bench_gpu():
-    spec = importlib.util.spec_from_file_location("bench_gpu", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def bench_gpu(monkeypatch):
+    monkeypatch.syspath_prepend(TOOLS)
+    return importlib.import_module("bench_gpu")
 
 
-def script(folder, text):
-    path = folder / "bench.py"
+def script(folder, name, text):
+    path = folder / f"{name}.py"
     path.write_text(text)
     return [str(path)]
 
 
+LINE = {
+    "bench": "linears",
+    "shape": "small",
+    "results": [
+        {"name": "cuBLAS", "kind": "bf16", "ms": 3.0},
+        {"name": "8-bit", "kind": "ours", "ms": 2.0},
+    ],
+}
+GOOD = f"print('a table')\nprint(12)\nprint({json.dumps(json.dumps(LINE))})"
+
+
 def test_lines_of_a_benchmark(bench_gpu, tmp_path, capsys):
-    lines = bench_gpu.run("one", script(tmp_path, """print("a table\\n12\\n" '{"bench": "one"}')"""))
-    assert lines == ['{"bench": "one"}\n']
+    status, lines = bench_gpu.run("one", script(tmp_path, "one", GOOD))
+    assert (status, [json.loads(line) for line in lines]) == (0, [LINE])
     shown = capsys.readouterr().out
     assert "a table\n12\n" in shown
-    assert "bench" in shown.splitlines()[0]
+    assert "cuBLAS" not in shown
+    assert shown.splitlines()[0].startswith("== one: ")
+    assert shown.splitlines()[-1].startswith("-- one: ")
 
 
-def test_a_failure_stops(bench_gpu, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        bench_gpu.run("one", script(tmp_path, "raise SystemExit(3)"))
-    assert stopped.value.code == 3
-    assert "one failed with status 3" in capsys.readouterr().err
+def test_a_failure_leaves_the_others_alone(bench_gpu, tmp_path, monkeypatch, capsys):
+    scripts = {"bad": script(tmp_path, "bad", "raise ValueError"), "good": script(tmp_path, "good", GOOD)}
+    monkeypatch.setattr(bench_gpu, "BENCHMARKS", scripts)
+    assert bench_gpu.run_all(["bad", "good"], tmp_path / "deep" / "out.jsonl") == 1
+    shown = capsys.readouterr()
+    assert "1.50" in shown.out
+    assert "failed, or lost a part: bad\n" in shown.err
+    assert json.loads((tmp_path / "deep" / "out.jsonl").read_text()) == LINE
+
+
+def test_a_refusal_stops(bench_gpu, tmp_path, monkeypatch, capsys):
+    refusal = "from bench.harness import require\nrequire(False, 'the product is not exact')"
+    scripts = {name: script(tmp_path, name, text) for name, text in (("good", GOOD), ("wrong", refusal))}
+    monkeypatch.setattr(bench_gpu, "BENCHMARKS", scripts)
+    monkeypatch.setenv("PYTHONPATH", str(TOOLS.parent / "kernels"))
+    assert bench_gpu.run_all(["good", "wrong", "good"], tmp_path / "out.jsonl") == bench_gpu.REFUSED
+    shown = capsys.readouterr()
+    assert "refused: the product is not exact" in shown.out
+    assert shown.out.count("== good") == 1
+    assert "1.50" not in shown.out
+    assert "wrong refused" in shown.err
+    assert not (tmp_path / "out.jsonl").exists()
 
 
 def test_benchmarks_exist(bench_gpu):

@@ -40,7 +40,21 @@ def losses_on_one_batch(module, function, weights, steps):
     trainer = getattr(tool(module), function)(config, make_groups(ParallelConfig()))
     batch = {key: ids.to(local_device()) for key, ids in random_batches(config, 1)(range(2)).items()}
     first = float(trainer.forward(batch))
-    return [first, *(float(trainer.step(batch)) for _ in range(steps))]
+    return [first, *(float(trainer.step(batch)) for _ in range(steps)), layer_of(trainer, config)]
+
+
+def layer_of(trainer, config):
+    """Forward and backward of a trainer's layer: whether shapes fit and which gradients are usable."""
+    measure = tool("measure")
+    parameters = measure.fresh_parameters(trainer.layer.module)
+    x, dy = (measure.residual_stream(trainer.layer, config, torch.bfloat16) for _ in range(2))
+    y = trainer.layer.forward(x.requires_grad_())
+    gradients = torch.autograd.grad(y, [x, *parameters], dy)
+    return {
+        "shape": y.shape == x.shape == ((2, 16, 64) if trainer.layer.is_batch_first else (16, 2, 64)),
+        "gradients": len(gradients) > 5 and all(bool(g.isfinite().all()) and bool(g.any()) for g in gradients),
+        "in the module": {id(p) for p in parameters} == {id(p) for p in trainer.layer.module.parameters()},
+    }
 
 
 @pytest.mark.parametrize(
@@ -58,10 +72,12 @@ def losses_on_one_batch(module, function, weights, steps):
 def test_trainer_learns(ranks, module, function, weights):
     if module == "llama_trainer":
         pytest.importorskip("transformers")
-    (losses,) = ranks(1).run(losses_on_one_batch, module, function, weights, 12)
+    (result,) = ranks(1).run(losses_on_one_batch, module, function, weights, 12)
+    *losses, layer = result
     # The loss of a forward alone is the one that the next step starts from.
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     assert losses[-1] < losses[0] - 1
+    assert all(layer.values()), layer
 
 
 def test_fake_quantization_is_that_of_the_kernels():
@@ -85,6 +101,14 @@ def test_fake_quantization_is_straight_through():
     value.backward(torch.arange(32.0).view(4, 8))
     torch.testing.assert_close(value, fake_quant.fake_ternarize(x))
     assert torch.equal(x.grad, torch.arange(32.0).view(4, 8))
+
+
+def test_flops_of_a_layer():
+    config = Config()
+    config.model.num_layers, config.model.hidden_size, config.model.num_attention_heads = 7, 8, 2
+    config.model.ffn_hidden_size, config.model.vocab_size, config.context.seq_length = 16, 100, 3
+    # Four square projections and three of the FFN; scores and values, with two keys on average.
+    assert tool("measure").layer_flops(config) == 2 * (4 * 8 * 8 + 3 * 8 * 16) + 2 * 2 * 8 * 2
 
 
 def bench(*arguments):
@@ -141,8 +165,17 @@ def test_report_of_overlapping_kernels():
     assert gemm.split() == ["2.000", "65.6%", "1", "2000.0", "gemm"]
 
 
+def test_refuses():
+    done = bench(*TINY, "--layer", "--layers", "3")
+    assert done.returncode == 2
+    assert "a model of one layer, not of 3" in done.stderr
+    if not torch.cuda.is_available():
+        done = bench(*TINY, "--layer")
+        assert (done.returncode, done.stderr.strip()) == (2, "--layer needs a GPU")
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("mode", [["--profile", "megatron-bf16"], ["--memory", "--trainers", "bitmoe-bf16"]])
+@pytest.mark.parametrize("mode", [["--profile", "megatron-bf16"], ["--layer", "--trainers", "bitmoe-bf16"]])
 def test_modes_on_a_gpu(mode):
     done = bench(*TINY, *mode)
     assert done.returncode == 0, done.stdout + done.stderr

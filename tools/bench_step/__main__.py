@@ -4,12 +4,14 @@
     python tools/bench_step --seq 8192 --micro-batch 2 --ffn 5460
     python tools/bench_step --trainers bitmoe-8bit,megatron-bf16 --moe
     python tools/bench_step --profile bitmoe-8bit --layers 4    # kernels of three steps
-    python tools/bench_step --memory                            # activations of one layer
+    python tools/bench_step --layer --model 7b --micro-batch 4  # one layer: time, activations it holds
 
 Every trainer is built, warmed up, timed and freed in this one process, one after the other, and does a whole step:
 forward, backward, clipping of the gradient norm, Adam. Times are medians over steps that begin and end with an idle
 GPU. FLOPs are model FLOPs, the same for all trainers of a shape: matrix products, attention under a causal mask, no
-recomputation. Words without a dash in front are overrides of ``bitmoe pretrain``'s config, for all trainers.
+recomputation. With ``--layer``, forward and backward of a single layer are timed instead (its weights' codes included;
+as a CUDA graph, where it can be recorded), and the bytes it leaves for its backward are counted. Words without a dash
+in front are overrides of ``bitmoe pretrain``'s config, for all trainers.
 """
 
 import argparse
@@ -19,6 +21,9 @@ from pathlib import Path
 from registry import TRAINERS
 
 from bitmoe.train.quiet import quiet_libraries
+
+# kernels/bench is no part of an installed bitmoe.
+sys.path.append(str(Path(__file__).resolve().parents[2] / "kernels"))
 
 
 def main() -> int:
@@ -46,9 +51,11 @@ def _parse() -> argparse.Namespace:
     add("--steps", type=int, default=15, help="steps that are timed")
     add("--json", type=Path, help="also write the results to this file, after every trainer")
     add("--profile", choices=TRAINERS, metavar="NAME", help="print the GPU kernels of this trainer instead")
-    add("--memory", action="store_true", help="measure the activations of one layer instead")
+    add("--layer", action="store_true", help="time one layer and measure its activations instead")
     arguments = parser.parse_intermixed_args()
-    arguments.mode = "profile" if arguments.profile else "memory" if arguments.memory else "step"
+    arguments.mode = "profile" if arguments.profile else "layer" if arguments.layer else "step"
+    if arguments.layer and arguments.layers:
+        parser.error(f"--layer takes a model of one layer, not of {arguments.layers}: leave --layers out")
     if arguments.profile:
         arguments.trainers = [arguments.profile]
     elif not arguments.trainers:

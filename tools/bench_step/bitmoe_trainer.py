@@ -3,7 +3,7 @@
 from itertools import count
 
 import torch
-from trainer import Batch, Trainer
+from trainer import Batch, Layer, Trainer
 
 from bitmoe.config.schema import Config
 from bitmoe.parallel.process_groups import Groups
@@ -22,4 +22,11 @@ def build(config: Config, groups: Groups) -> Trainer:
         positions = torch.arange(batch["tokens"].shape[1], device=batch["tokens"].device).expand_as(batch["tokens"])
         return engine.chunks[0](batch["tokens"], positions, None, labels=batch["labels"]).mean()
 
-    return Trainer(step, forward)
+    (model,) = engine.models
+    first, angles = model.decoder.layers[0], model.rotary_pos_emb(config.context.seq_length)
+
+    def layer(x_SBH: torch.Tensor) -> torch.Tensor:
+        engine.policy.parameters_changed()
+        return first(x_SBH, angles)[0]
+
+    return Trainer(step, forward, Layer(first, layer))

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 from torch.nn.utils import clip_grad_norm_
-from trainer import Batch, Trainer, prefer_cudnn
+from trainer import Batch, Layer, Trainer, prefer_cudnn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from bitmoe.config.errors import InputError
@@ -42,7 +42,14 @@ def _build(config: Config, make_update: Callable) -> Trainer:
         update()
         return loss.detach()
 
-    return Trainer(step, forward)
+    first, positions_1S = model.model.layers[0], torch.arange(config.context.seq_length, device=local_device())[None]
+
+    def layer(x_BSH: torch.Tensor) -> torch.Tensor:
+        angles = model.model.rotary_emb(x_BSH, position_ids=positions_1S)
+        with prefer_cudnn():
+            return first(x_BSH, attention_mask=None, position_ids=positions_1S, position_embeddings=angles)
+
+    return Trainer(step, forward, Layer(first, layer, is_batch_first=True))
 
 
 def _compiled_llama(config: Config) -> torch.nn.Module:

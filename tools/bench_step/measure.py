@@ -1,12 +1,14 @@
-"""Time of training steps, and memory that a forward pass leaves behind."""
+"""Time of training steps; time of one layer, and memory that its forward pass leaves behind."""
 
 import statistics
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
-from trainer import Batch, Trainer
+from trainer import Batch, Layer, Trainer
 
+from bench.harness import time_pass
 from bitmoe.config.schema import Config
 from bitmoe.model.counts import TRAINING_PER_FORWARD, forward_flops
 from bitmoe.parallel.process_groups import local_device
@@ -53,11 +55,51 @@ def rates(config: Config, step_ms: float) -> dict[str, float]:
     return {"tokens_per_s": round(tokens_per_s, 1), "model_tflops": round(tflops, 3), "mfu": round(mfu, 5)}
 
 
-def held_by_forward(trainer: Trainer, batch: Batch) -> int:
-    """Bytes that stay allocated between forward and backward, without what an earlier forward already left."""
-    trainer.forward(batch)
+def measure_layer(layer: Layer, config: Config) -> dict[str, float | str]:
+    """Forward and backward of one layer on a random residual stream, and what lies between them.
+
+    Returns:
+        ``layer_ms`` and ``how`` it was measured, ``model_tflops``, ``layer_activation_bytes`` (its output and all that
+        its backward needs, but for what an earlier forward already left), ``bytes_per_token``.
+    """
+    num_tokens = config.run.micro_batch_size * config.context.seq_length
+    parameters = fresh_parameters(layer.module)
+    x, dy = (residual_stream(layer, config, parameters[0].dtype) for _ in range(2))
+    x.requires_grad_()
+
+    def run() -> None:
+        torch.autograd.grad(layer.forward(x), [x, *parameters], dy)
+
+    run()
     before = torch.cuda.memory_allocated()
-    loss = trainer.forward(batch)
+    y = layer.forward(x)
     held = torch.cuda.memory_allocated() - before
-    del loss
-    return held
+    del y
+    timing = time_pass(run)
+    tflops = 1e-9 * TRAINING_PER_FORWARD * layer_flops(config) * num_tokens / timing.ms
+    figures = {"layer_ms": timing.ms, "how": timing.how, "model_tflops": round(tflops, 1)}
+    return figures | {"layer_activation_bytes": held, "bytes_per_token": held / num_tokens}
+
+
+def residual_stream(layer: Layer, config: Config, dtype: torch.dtype) -> torch.Tensor:
+    """Random numbers in the shape that the layer takes."""
+    lead = config.context.seq_length, config.run.micro_batch_size
+    shape = (*(reversed(lead) if layer.is_batch_first else lead), config.model.hidden_size)
+    return torch.randn(shape, dtype=dtype, device=local_device())
+
+
+def fresh_parameters(module: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """New parameters over the same memory, put into a module: DDP's hooks, which a graph cannot hold, stay behind."""
+    parameters = []
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            fresh = torch.nn.Parameter(parameter.detach())
+            setattr(part, name, fresh)
+            parameters.append(fresh)
+    return parameters
+
+
+def layer_flops(config: Config) -> int:
+    """FLOPs of one layer's forward pass per token."""
+    two, one = (replace(config, model=replace(config.model, num_layers=count)) for count in (2, 1))
+    return sum(forward_flops(two)) - sum(forward_flops(one))

@@ -19,7 +19,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch.nn.functional import scaled_dot_product_attention, silu
-from trainer import Batch, Trainer, prefer_cudnn
+from trainer import Batch, Layer, Trainer, prefer_cudnn
 
 from bitmoe.config.errors import InputError
 from bitmoe.config.schema import Config
@@ -96,6 +96,7 @@ def _build(config: Config, groups: Groups, layer_spec: ModuleSpec, settings: dic
     )
     # Norms come in fp32.
     model = model.to(local_device(), model_dtype(config))
+    first, angles = model.decoder.layers[0], model.rotary_pos_emb(config.context.seq_length)
     ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
     model = DistributedDataParallel(transformer_config, ddp_config, model)
     optimizer = get_megatron_optimizer(_optimizer_config(config), [model])
@@ -114,7 +115,11 @@ def _build(config: Config, groups: Groups, layer_spec: ModuleSpec, settings: dic
         optimizer.step()
         return loss.detach()
 
-    return Trainer(step, forward)
+    def layer(x_SBH: torch.Tensor) -> torch.Tensor:
+        with prefer_cudnn():
+            return first(hidden_states=x_SBH, attention_mask=None, rotary_pos_emb=angles)[0]
+
+    return Trainer(step, forward, Layer(first, layer))
 
 
 def _optimizer_config(config: Config) -> OptimizerConfig:

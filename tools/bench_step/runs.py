@@ -41,12 +41,12 @@ def run(arguments: argparse.Namespace) -> int:
     Returns:
         1 if a trainer failed, else 0.
     """
-    measure_one = {"profile": _profile, "memory": _measure_memory, "step": _measure_speed}[arguments.mode]
+    measure_one = {"profile": _profile, "layer": _measure_layer, "step": _measure_speed}[arguments.mode]
     if arguments.mode != "step" and not torch.cuda.is_available():
         print(f"--{arguments.mode} needs a GPU", file=sys.stderr)
         return 2
     print(_header(arguments.mode), flush=True)
-    result = {"bench": arguments.mode, "command": sys.argv[1:], **_machine(), "rows": []}
+    result = {"bench": arguments.mode, "shape": _shape(arguments), "command": sys.argv[1:], **_machine(), "rows": []}
     for name in arguments.trainers:
         try:
             row = measure_one(name, arguments)
@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _config(name: str, arguments: argparse.Namespace, layers: int | None = None) -> Config:
     """What this trainer trains; quantized from the first step on as the recipe is in its last stage."""
     overrides = [*SETTINGS, f"moe={'e8k2' if arguments.moe else 'none'}", *TRAINERS[name].overrides]
-    overrides.append(f"model={arguments.model or ('700m' if arguments.moe else '1.3b_aligned')}")
+    overrides.append(f"model={_preset(arguments)}")
     overrides += [f"context.seq_length={arguments.seq}", f"run.micro_batch_size={arguments.micro_batch}"]
     overrides.append(f"run.global_batch_size={arguments.micro_batch}")
     layers = arguments.layers if layers is None else layers
@@ -79,6 +79,17 @@ def _config(name: str, arguments: argparse.Namespace, layers: int | None = None)
     if config.model.vocab_size is None:
         raise InputError("the preset leaves the vocabulary to a tokenizer", fix="give it", key="model.vocab_size")
     return config
+
+
+def _preset(arguments: argparse.Namespace) -> str:
+    return arguments.model or ("700m" if arguments.moe else "1.3b_aligned")
+
+
+def _shape(arguments: argparse.Namespace) -> str:
+    """Model and tokens, for reports."""
+    parts = [_preset(arguments) + (" e8k2" if arguments.moe else "")]
+    parts += [f"ffn {arguments.ffn}"] if arguments.ffn else []
+    return ", ".join([*parts, *arguments.overrides, f"{arguments.micro_batch} x {arguments.seq:,} tokens"])
 
 
 @contextmanager
@@ -119,18 +130,18 @@ def _measure_speed(name: str, arguments: argparse.Namespace) -> dict:
     return row
 
 
-def _measure_memory(name: str, arguments: argparse.Namespace) -> dict:
-    def held(layers: int) -> int:
-        config = _config(name, arguments, layers)
-        _free()
-        with _built(name, config) as trainer:
-            return measure.held_by_forward(trainer, next(measure.random_batches(config)))
-
-    layers = arguments.layers or 2
-    layer_bytes = held(layers) - held(layers - 1)
-    per_token = layer_bytes / (arguments.micro_batch * arguments.seq)
-    print(f"{name:22}{layer_bytes / 2**20:13.1f}{per_token:15,.0f}  {TRAINERS[name].what}", flush=True)
-    return {"layer_activation_bytes": layer_bytes, "bytes_per_token": per_token}
+def _measure_layer(name: str, arguments: argparse.Namespace) -> dict:
+    config = _config(name, arguments, layers=1)
+    _free()
+    with _built(name, config) as trainer:
+        row = measure.measure_layer(trainer.layer, config)
+        del trainer
+    print(
+        f"{name:22}{row['layer_ms']:9.3f}{row['model_tflops']:10.1f}{row['layer_activation_bytes'] / 2**20:13.1f}"
+        f"{row['bytes_per_token']:15,.0f}  {row['how']:8}{TRAINERS[name].what}",
+        flush=True,
+    )
+    return row
 
 
 def _profile(name: str, arguments: argparse.Namespace) -> dict:
@@ -147,7 +158,9 @@ def _header(mode: str) -> str:
     if mode == "step":
         columns = f"{'ms/step':>9}{'tokens/s':>11}{'TFLOP/s':>10}{'MFU':>8}{'peak GiB':>10}  {'finite':8}"
         return f"{'trainer':22}{columns}"
-    return f"{'trainer':22}{'MiB a layer':>13}{'bytes a token':>15}" if mode == "memory" else ""
+    if mode == "layer":
+        return f"{'trainer':22}{'ms/layer':>9}{'TFLOP/s':>10}{'MiB a layer':>13}{'bytes a token':>15}  {'timed by':8}"
+    return ""
 
 
 def _machine() -> dict:

@@ -1,4 +1,4 @@
-"""What is timed: one training step of anything, behind two functions."""
+"""What is timed: one training step of anything, or its first layer, behind a few functions."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -7,10 +7,22 @@ from dataclasses import dataclass
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# Shapes: B = sequences, S = sequence length.
+# Shapes: B = sequences, S = sequence length, H = hidden.
 
 Batch = dict[str, torch.Tensor]
 """``tokens`` and ``labels``, int64 [B, S], where the model is."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One transformer layer of a model, without what is around it."""
+
+    module: torch.nn.Module
+    """Its parameters."""
+    forward: Callable[[torch.Tensor], torch.Tensor]
+    """Of the residual stream to the same shape; codes of weights are made anew."""
+    is_batch_first: bool = False
+    """The residual stream is [B, S, H], not [S, B, H]."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +33,8 @@ class Trainer:
     """A whole training step: forward, backward, clipped gradients, optimizer. Returns the loss."""
     forward: Callable[[Batch], torch.Tensor]
     """The loss alone, with the graph that holds the activations."""
+    layer: Layer
+    """The first of its layers."""
 
 
 def prefer_cudnn() -> AbstractContextManager:

@@ -1,0 +1,110 @@
+"""Checks and times every contender, shape by shape."""
+
+from collections.abc import Callable
+
+import torch
+from bf16_experts import BASELINES, CANNOT_RECORD, FASTEST, grouped_swiglu, swiglu_pass
+from fp64_experts import compare, require_close, require_idle, swiglu_truth, ternary_truth
+from moe_inputs import Inputs, make_inputs
+from ternary_experts import EPS, LEAVES, ternary_pass
+
+from bench.harness import Closeness, Timing, closeness, first_line, free, time_pass
+from bench.shapes import LARGE_MOE_LAYERS, MoELayer
+from bitmoe.config.schema import BackwardFormat
+from bitmoe.parallel.process_groups import Groups
+
+CHECKED = MoELayer(6, 512, 768, 2, 1000)
+"""Small enough for fp64; expert IDLE_EXPERT gets no token."""
+IDLE_EXPERT = 4
+MIN_COSINE_OF_BASELINES = 0.999
+LARGE_REPEATS = 7
+# name: quant.backward and quant.groups.
+VARIANTS = {
+    "8-bit backward, G=1": ("8bit", 1),
+    "8-bit backward, G=8": ("8bit", 8),
+    "bf16 backward, G=1": ("bf16", 1),
+    "bf16 backward, G=8": ("bf16", 8),
+}
+LARGE_VARIANTS = ("8-bit backward, G=1", "8-bit backward, G=8")
+
+
+def make_ours(variant: str, inputs: Inputs, groups: Groups) -> Callable:
+    """The pass of one of VARIANTS."""
+    backward, num_groups = VARIANTS[variant]
+    return ternary_pass(inputs, groups, BackwardFormat[backward], num_groups)
+
+
+def check_ours(
+    groups: Groups, device: str, layer: MoELayer = CHECKED, dtype: torch.dtype = torch.bfloat16
+) -> dict[str, dict[str, Closeness]]:
+    """Every variant against fp64 from codes; stops where one is not close."""
+    inputs, found = make_inputs(layer, device, dtype, IDLE_EXPERT, seed=1), {}
+    for variant, (_, num_groups) in VARIANTS.items():
+        y_TH, gradients = make_ours(variant, inputs, groups)()
+        gradients = dict(zip(LEAVES, gradients, strict=True))
+        found[variant] = compare(y_TH, gradients, ternary_truth(inputs, num_groups, EPS))
+        require_close(variant, found[variant])
+        require_idle(variant, gradients, IDLE_EXPERT)
+    return found
+
+
+def check_pipeline(device: str, layer: MoELayer = CHECKED) -> None:
+    """The eager bf16 pipeline against fp64; the other baselines are held against it at the shapes that are timed."""
+    inputs = make_inputs(layer, device, idle_expert=IDLE_EXPERT, seed=1)
+    y_TH, gradients = swiglu_pass(inputs, grouped_swiglu)()
+    true_y, true = swiglu_truth(inputs)
+    true["probs"] = true["probs"].gather(1, inputs.experts_TK)
+    require_close("the bf16 pipeline", compare(y_TH, dict(zip(true, gradients, strict=True)), (true_y, true)))
+
+
+def check_baseline(run: Callable, inputs: Inputs) -> None:
+    """Hold a baseline's output and gradients of tokens and probabilities against the eager pipeline's.
+
+    Raises:
+        ValueError: they are not close.
+    """
+    results = []
+    for one_pass in (run, swiglu_pass(inputs, grouped_swiglu)):
+        y_TH, (dx_TH, dprobs_TK, *_) = one_pass()
+        results.append({"y": y_TH, "dx": dx_TH, "dprobs": dprobs_TK})
+    for what, actual in results[0].items():
+        cosine = closeness(actual, results[1][what]).cosine
+        if not cosine > MIN_COSINE_OF_BASELINES:
+            raise ValueError(f"{what} has cosine {cosine:.6f} with the eager pipeline's")
+
+
+def time_layer(layer: MoELayer, groups: Groups) -> dict:
+    """Time every contender at one shape, print its table and return its results."""
+    is_large = layer in LARGE_MOE_LAYERS
+    inputs, timed, skipped = make_inputs(layer, "cuda"), {}, {}
+    repeats = {"repeats": LARGE_REPEATS} if is_large else {}
+    for title in [FASTEST] if is_large else BASELINES:
+        try:
+            run = swiglu_pass(inputs, BASELINES[title]())
+            check_baseline(run, inputs)
+            timed[title] = "bf16", time_pass(run, can_record=title not in CANNOT_RECORD, **repeats)
+        except Exception as error:
+            skipped[title] = first_line(error)
+        run = None
+        torch.compiler.reset()
+        free()
+    for variant in LARGE_VARIANTS if is_large else VARIANTS:
+        timed[variant] = "ours", time_pass(make_ours(variant, inputs, groups), **repeats)
+        free()
+    return {"shape": layer.title, "results": table(layer, timed, skipped), "skipped": skipped}
+
+
+def table(layer: MoELayer, timed: dict[str, tuple[str, Timing]], skipped: dict[str, str]) -> list[dict]:
+    """Print a row for each contender; return the rows."""
+    bf16 = [timing.ms for kind, timing in timed.values() if kind == "bf16"]
+    print(f"\n{layer.title:40}{'ms':>9}{'TFLOP/s':>9}{'of bf16':>9}")
+    rows = []
+    for name, (kind, timing) in timed.items():
+        tflops = round(1e-9 * layer.flops / timing.ms, 1)
+        ratio = f"{min(bf16) / timing.ms:8.2f}x" if bf16 else f"{'-':>9}"
+        note = "" if timing.how == "graph" else f"  ({timing.how})"
+        print(f"{name:40}{timing.ms:9.3f}{tflops:9.0f}{ratio}{note}")
+        rows.append({"name": name, "kind": kind, **timing._asdict(), "tflops": tflops})
+    for name, why in skipped.items():
+        print(f"{name:40}left out: {why}")
+    return rows
