@@ -8,6 +8,7 @@ With ``quant.weights = none`` inputs come unquantized: the bf16 baseline (``plai
 """
 
 import torch
+import torch.distributed as dist
 
 from bitmoe.config.schema import Activation
 from bitmoe.layers.activation import gated_activation
@@ -18,6 +19,7 @@ from bitmoe.layers.norm import SubNorm
 from bitmoe.layers.plain_product import PlainColumnProduct, PlainRowProduct
 from bitmoe.layers.quantize_input import Quantized, activate_groups, normalize_groups, quantize_groups, quantize_rows
 from bitmoe.layers.sharding import ShardedParameters, mark_tensor_parallel
+from bitmoe.layers.wire import CodeWire
 from bitmoe.quant.policy import split_groups
 from bitmoe.quant.ternary_codes import CodeCache, absmean_columns, absmean_rows
 from bitmoe_kernels.ternary_gemm import code_matmul
@@ -42,7 +44,7 @@ class ColumnBitLinear(torch.nn.Module, ShardedParameters):
     ):
         super().__init__()
         self.groups, self.policy, self.role = context.groups, context.policy, role
-        self.cut_dim, self.sequence_parallel = cut_dim, context.sequence_parallel
+        self.cut_dim, self.sequence_parallel, self.wire = cut_dim, context.sequence_parallel, context.wire
         self.weight = context.parameter(*shape)
         mark_tensor_parallel(self.weight, cut_dim)
         self.cache = CodeCache(self.policy, role, self._with_scales)
@@ -65,7 +67,8 @@ class ColumnBitLinear(torch.nn.Module, ShardedParameters):
         if isinstance(x_SBH, torch.Tensor):
             x_SBH = quantize_rows(x_SBH, self.role, self.policy)
         operands = self.cache.operands(x_SBH.codes_TD.dtype, self.policy.is_backward_8bit)
-        return _ColumnProduct.apply(*x_SBH, self.weight, operands, self.groups.tp, self.sequence_parallel)
+        wire = CodeWire(self.wire, self.policy.act_format(self.role)) if self.sequence_parallel else None
+        return _ColumnProduct.apply(*x_SBH, self.weight, operands, self.groups.tp, wire)
 
 
 def group_ids(projection_O: torch.Tensor, num_groups: int) -> torch.Tensor:
@@ -78,33 +81,34 @@ def group_ids(projection_O: torch.Tensor, num_groups: int) -> torch.Tensor:
 
 
 class _ColumnProduct(torch.autograd.Function):
-    """Gather codes and scales, multiply; the backward gathers the codes again."""
+    """Gather codes and scales, multiply; the backward gathers the codes again. Without a wire nothing is gathered."""
 
     @staticmethod
-    def forward(ctx, carrier_SBH, codes_SBH, scale_SB1, weight, operands, group, sequence_parallel):
-        ctx.group, ctx.sequence_parallel, ctx.operands = group, sequence_parallel, operands
+    def forward(ctx, carrier_SBH, codes_SBH, scale_SB1, weight, operands, group, wire: CodeWire | None):
+        ctx.group, ctx.wire, ctx.operands = group, wire, operands
         ctx.weight_shape = weight.shape
         ctx.save_for_backward(codes_SBH, scale_SB1)
-        codes_SBH, scale_SB1 = _gathered(ctx, codes_SBH), _gathered(ctx, scale_SB1)
+        codes_SBH, scale_SB1 = _gathered(codes_SBH, scale_SB1, group, wire)
         y_TO = scaled_product(codes_SBH.flatten(0, -2), scale_SB1.flatten(0, -2), operands, carrier_SBH.dtype)
         return y_TO.view(*scale_SB1.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, grad_SBO):
-        codes_TH, scale_T1 = (_gathered(ctx, saved).flatten(0, -2) for saved in ctx.saved_tensors)
+        codes_TH, scale_T1 = (x.flatten(0, -2) for x in _gathered(*ctx.saved_tensors, ctx.group, ctx.wire))
         grad_x_TH, grad_weight = gradients(grad_SBO.flatten(0, -2), codes_TH, scale_T1, ctx.operands, is_column=True)
         grad_x_SBH = grad_x_TH.view(*grad_SBO.shape[:-1], -1)
-        grad_x_SBH = sum_over_ranks(grad_x_SBH, ctx.group, scatter=ctx.sequence_parallel)
+        grad_x_SBH = sum_over_ranks(grad_x_SBH, ctx.group, scatter=ctx.wire is not None)
         return grad_x_SBH, None, None, grad_weight.view(ctx.weight_shape), *[None] * 3
 
 
-def _gathered(ctx, x_SB: torch.Tensor) -> torch.Tensor:
-    if not ctx.sequence_parallel:
-        return x_SB
-    if x_SB.dtype == torch.float8_e4m3fn:
-        # Collectives carry bytes; not all of them know float8.
-        return gather_first_dim(x_SB.view(torch.int8), ctx.group).view(x_SB.dtype)
-    return gather_first_dim(x_SB, ctx.group)
+def _gathered(
+    codes_SBH: torch.Tensor, scale_SB1: torch.Tensor, group: dist.ProcessGroup, wire: CodeWire | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales of every rank's slice of the sequence."""
+    if wire is None:
+        return codes_SBH, scale_SB1
+    sent = gather_first_dim(wire.sent(codes_SBH), group)
+    return wire.received(sent, codes_SBH), gather_first_dim(scale_SB1, group)
 
 
 class RowBitLinear(torch.nn.Module, ShardedParameters):
