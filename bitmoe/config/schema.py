@@ -46,8 +46,7 @@ class Precision(Enum):
 
 
 class Resume(Enum):
-    """auto: continue if the run has a checkpoint; never: refuse a run directory in use; must: refuse without
-    one."""
+    """auto: continue if the run has a checkpoint; never: refuse a run directory in use; must: refuse without one."""
 
     auto = "auto"
     never = "never"
@@ -60,6 +59,10 @@ class Recompute(Enum):
     none = "none"
     selective = "selective"
     full = "full"
+
+
+Wire = Enum("Wire", {"codes": "codes", "bf16": "bf16"}, module=__name__)
+"""How codes travel between ranks: in as few bytes as hold them, or as wide as bf16."""
 
 
 class Score(Enum):
@@ -79,8 +82,7 @@ class Balancing(Enum):
 
 
 class Schedule(Enum):
-    """Learning-rate curve after warm-up. ``two_stage`` is BitNet b1.58's: linear, with a drop at
-    ``switch``."""
+    """Learning-rate curve after warm-up. ``two_stage`` is BitNet b1.58's: linear, with a drop at ``switch``."""
 
     two_stage = "two_stage"
     linear = "linear"
@@ -89,8 +91,7 @@ class Schedule(Enum):
 
 
 class Source(Enum):
-    """Where text comes from: the interpreter's standard library, local files, or a Hugging Face dataset
-    name."""
+    """Where text comes from: the interpreter's standard library, local files, or a Hugging Face dataset name."""
 
     stdlib = "stdlib"
     files = "files"
@@ -98,8 +99,7 @@ class Source(Enum):
 
 
 class TokenizerKind(Enum):
-    """byte: 256 bytes and three specials; file: a Hugging Face tokenizer.json; bpe: trained on the given
-    text."""
+    """byte: 256 bytes and three specials; file: a Hugging Face tokenizer.json; bpe: trained on the given text."""
 
     byte = "byte"
     file = "file"
@@ -200,8 +200,7 @@ class MoEConfig:
     expert_bias_rate: float = 0.001
     """Step of that bias."""
     capacity_factor: float | None = None
-    """Token capacity of an expert as a multiple of the even share; null is dropless. Depends on the
-    layout."""
+    """Token capacity of an expert as a multiple of the even share; null is dropless. Depends on the layout."""
     scaling_factor: float | None = None
     """Constant that multiplies the routing probabilities; null means 1."""
 
@@ -232,6 +231,11 @@ class ParallelConfig:
     """Tensor parallel size inside routed experts (--expert-tensor-parallel-size)."""
     sequence: bool = False
     """Sequence parallelism over the tensor group (--sequence-parallel); MoE with tensor > 1 needs it."""
+    wire: Wire = Wire.codes
+    """How inputs of qkv, gate and up travel in the sequence-parallel all-gather and to other ranks' experts. codes: two
+    a byte of 4-bit formats, one of int8; bf16: each widened to a bf16 number, the bytes other frameworks send. Every
+    token has its fp32 scale beside it, and both give the same bits. Outputs, gradients, and all that is not quantized
+    (quant=none) travel in run.precision, as in Megatron, whatever stands here."""
 
     @property
     def attention_ranks(self) -> int:
@@ -281,8 +285,7 @@ class TokenizerConfig:
     path: str | None = None
     """The tokenizer.json for kind=file."""
     eod_token: str | None = None
-    """Token that ends a document in a tokenizer.json; null tries the usual names (<|endoftext|>, </s>,
-    ...)."""
+    """Token that ends a document in a tokenizer.json; null tries the usual names (<|endoftext|>, </s>, ...)."""
     vocab_size: int = 8192
     """Size of the vocabulary trained by kind=bpe."""
 

@@ -8,6 +8,7 @@ With ``quant.weights = none`` inputs come unquantized: the bf16 baseline (``plai
 """
 
 import torch
+import torch.distributed as dist
 
 from bitmoe.config.schema import Activation
 from bitmoe.layers.activation import gated_activation
@@ -26,6 +27,7 @@ from bitmoe.layers.quantize_input import (
     without_code_gradients,
 )
 from bitmoe.layers.sharding import ShardedParameters, mark_tensor_parallel
+from bitmoe.layers.wire import CodeWire
 from bitmoe.quant.policy import split_groups
 from bitmoe.quant.ternary_codes import CodeCache, absmean_columns, absmean_rows
 from bitmoe_kernels.ternary_gemm import code_matmul
@@ -50,7 +52,7 @@ class ColumnBitLinear(torch.nn.Module, ShardedParameters):
     ):
         super().__init__()
         self.groups, self.policy, self.role = context.groups, context.policy, role
-        self.cut_dim, self.sequence_parallel = cut_dim, context.sequence_parallel
+        self.cut_dim, self.sequence_parallel, self.wire = cut_dim, context.sequence_parallel, context.wire
         self.weight = context.parameter(*shape)
         mark_tensor_parallel(self.weight, cut_dim)
         self.cache = CodeCache(self.policy, role, self._with_scales)
@@ -70,7 +72,7 @@ class ColumnBitLinear(torch.nn.Module, ShardedParameters):
         """Multiply [S, B, H] (or this rank's [S/tp, B, H] under sequence parallelism) into [S, B, O]."""
         if not self.policy.is_ternary:
             return PlainColumnProduct.apply(x_SBH, self.weight.flatten(0, -2), self.groups.tp, self.sequence_parallel)
-        return _ColumnProduct.apply(*self._operands(x_SBH), self.groups.tp, self.sequence_parallel)
+        return _ColumnProduct.apply(*self._product(x_SBH))
 
     def activated(self, x_SBH: Quantized | torch.Tensor, gain_F: torch.Tensor | None, down: DownInput) -> Quantized:
         """Multiply into gate and up, and make down's input of them: [S, B, H] into [S, B, F].
@@ -80,14 +82,15 @@ class ColumnBitLinear(torch.nn.Module, ShardedParameters):
             gain_F: of the sub-norm in front of down; None without one.
             down: what comes between.
         """
-        where = self.groups.tp, self.sequence_parallel
-        return Quantized(*_ActivatedProduct.apply(*self._operands(x_SBH), gain_F, down, *where))
+        return Quantized(*_ActivatedProduct.apply(*self._product(x_SBH), gain_F, down))
 
-    def _operands(self, x_SBH: Quantized | torch.Tensor) -> tuple:
-        """Input, weight and the weight's codes."""
+    def _product(self, x_SBH: Quantized | torch.Tensor) -> tuple:
+        """What the autograd functions multiply, and how its codes travel."""
         if isinstance(x_SBH, torch.Tensor):
             x_SBH = quantize_rows(x_SBH, self.role, self.policy)
-        return *x_SBH, self.weight, self.cache.operands(x_SBH.codes_TD.dtype, self.policy.is_backward_8bit)
+        operands = self.cache.operands(x_SBH.codes_TD.dtype, self.policy.is_backward_8bit)
+        wire = CodeWire(self.wire, self.policy.act_format(self.role)) if self.sequence_parallel else None
+        return *x_SBH, self.weight, operands, self.groups.tp, wire
 
 
 def group_ids(projection_O: torch.Tensor, num_groups: int) -> torch.Tensor:
@@ -100,29 +103,42 @@ def group_ids(projection_O: torch.Tensor, num_groups: int) -> torch.Tensor:
 
 
 class _ColumnProduct(torch.autograd.Function):
-    """Gather codes and scales, multiply; the backward gathers the codes again."""
+    """Gather codes and scales, multiply; the backward gathers the codes again. Without a wire nothing is gathered."""
 
     @staticmethod
-    def forward(ctx, carrier_SBH, codes_SBH, scale_SB1, weight, operands, group, sequence_parallel):
-        ctx.group, ctx.sequence_parallel = group, sequence_parallel
+    def forward(ctx, carrier_SBH, codes_SBH, scale_SB1, weight, operands, group, wire: CodeWire | None):
         ctx.save_for_backward(codes_SBH, scale_SB1)
-        return _gather_and_multiply(ctx, carrier_SBH, codes_SBH, scale_SB1, weight, operands)
+        return _gather_and_multiply(ctx, carrier_SBH, codes_SBH, scale_SB1, weight, operands, group, wire)
 
     @staticmethod
     def backward(ctx, grad_SBO):
-        codes_TH, scale_T1 = (_gathered(ctx, saved).flatten(0, -2) for saved in ctx.saved_tensors)
-        grad_x_TH, grad_weight = gradients(grad_SBO.flatten(0, -2), codes_TH, scale_T1, ctx.operands, is_column=True)
-        grad_x_SBH = grad_x_TH.view(*grad_SBO.shape[:-1], -1)
-        grad_x_SBH = sum_over_ranks(grad_x_SBH, ctx.group, scatter=ctx.sequence_parallel)
+        x = gathered_tokens(*ctx.saved_tensors, ctx.group, ctx.wire)
+        grad_x_TH, grad_weight = gradients(grad_SBO.flatten(0, -2), *x, ctx.operands, is_column=True)
+        grad_x_SBH = _sum_over_ranks(ctx, grad_x_TH.view(*grad_SBO.shape[:-1], -1))
         return grad_x_SBH, None, None, grad_weight.view(ctx.weight_shape), *[None] * 3
 
 
-def _gather_and_multiply(ctx, carrier_SBH, codes_SBH, scale_SB1, weight, operands) -> torch.Tensor:
+def _gather_and_multiply(ctx, carrier_SBH, codes_SBH, scale_SB1, weight, operands, group, wire) -> torch.Tensor:
     """The product [S, B, O]; ``ctx`` keeps what the backward needs beside tensors."""
-    ctx.operands, ctx.weight_shape = operands, weight.shape
-    codes_SBH, scale_SB1 = _gathered(ctx, codes_SBH), _gathered(ctx, scale_SB1)
-    y_TO = scaled_product(codes_SBH.flatten(0, -2), scale_SB1.flatten(0, -2), operands, carrier_SBH.dtype)
-    return y_TO.view(*scale_SB1.shape[:-1], -1)
+    ctx.group, ctx.wire, ctx.operands, ctx.weight_shape = group, wire, operands, weight.shape
+    codes_TH, scale_T1 = gathered_tokens(codes_SBH, scale_SB1, group, wire)
+    y_TO = scaled_product(codes_TH, scale_T1, operands, carrier_SBH.dtype)
+    return y_TO.view(-1, *codes_SBH.shape[1:-1], y_TO.shape[-1])
+
+
+def gathered_tokens(
+    codes_SBH: torch.Tensor, scale_SB1: torch.Tensor, group: dist.ProcessGroup, wire: CodeWire | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes [T, H] and scales [T, 1] of every rank's slice of the sequence; without a wire, of this rank's."""
+    if wire is not None:
+        sent = gather_first_dim(wire.sent(codes_SBH), group)
+        codes_SBH, scale_SB1 = wire.received(sent, codes_SBH), gather_first_dim(scale_SB1, group)
+    return codes_SBH.flatten(0, -2), scale_SB1.flatten(0, -2)
+
+
+def _sum_over_ranks(ctx, grad_SBH: torch.Tensor) -> torch.Tensor:
+    """The adjoint of the gather: the gradient of this rank's input."""
+    return sum_over_ranks(grad_SBH, ctx.group, scatter=ctx.wire is not None)
 
 
 class _ActivatedProduct(torch.autograd.Function):
@@ -130,10 +146,18 @@ class _ActivatedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, carrier_SBH, codes_SBH, scale_SB1, weight, operands, gain_F, down: DownInput, group, sequence_parallel
+        ctx,
+        carrier_SBH,
+        codes_SBH,
+        scale_SB1,
+        weight,
+        operands,
+        group,
+        wire: CodeWire | None,
+        gain_F,
+        down: DownInput,
     ):
-        ctx.group, ctx.sequence_parallel = group, sequence_parallel
-        gate_up_SB2F = _gather_and_multiply(ctx, carrier_SBH, codes_SBH, scale_SB1, weight, operands)
+        gate_up_SB2F = _gather_and_multiply(ctx, carrier_SBH, codes_SBH, scale_SB1, weight, operands, group, wire)
         codes_SBF, scale_SBG, rstd_SBG = down.quantize(gate_up_SB2F, gain_F)
         ctx.num_groups = down.num_groups
         ctx.save_for_backward(codes_SBH, scale_SB1, gate_up_SB2F, gain_F, rstd_SBG)
@@ -143,24 +167,13 @@ class _ActivatedProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_SBF, *unused):
         codes_SBH, scale_SB1, gate_up_SB2F, gain_F, rstd_SBG = ctx.saved_tensors
-        codes_TH, scale_T1 = (_gathered(ctx, saved).flatten(0, -2) for saved in (codes_SBH, scale_SB1))
         rstd_TG = None if rstd_SBG is None else rstd_SBG.flatten(0, -2)
         activation = gate_up_SB2F.flatten(0, -2), gain_F, rstd_TG
-        product = codes_TH, scale_T1, ctx.operands, ctx.num_groups
+        product = *gathered_tokens(codes_SBH, scale_SB1, ctx.group, ctx.wire), ctx.operands, ctx.num_groups
         grad_x_TH, grad_weight, grad_gain_F = activated_gradients(grad_SBF.flatten(0, -2), *activation, *product)
-        grad_x_SBH = grad_x_TH.view(*grad_SBF.shape[:-1], -1)
-        grad_x_SBH = sum_over_ranks(grad_x_SBH, ctx.group, scatter=ctx.sequence_parallel)
+        grad_x_SBH = _sum_over_ranks(ctx, grad_x_TH.view(*grad_SBF.shape[:-1], -1))
         grad_gain_F = None if gain_F is None else grad_gain_F.to(gain_F.dtype)
-        return grad_x_SBH, None, None, grad_weight.view(ctx.weight_shape), None, grad_gain_F, *[None] * 3
-
-
-def _gathered(ctx, x_SB: torch.Tensor) -> torch.Tensor:
-    if not ctx.sequence_parallel:
-        return x_SB
-    if x_SB.dtype == torch.float8_e4m3fn:
-        # Collectives carry bytes; not all of them know float8.
-        return gather_first_dim(x_SB.view(torch.int8), ctx.group).view(x_SB.dtype)
-    return gather_first_dim(x_SB, ctx.group)
+        return grad_x_SBH, None, None, grad_weight.view(ctx.weight_shape), *[None] * 3, grad_gain_F, None
 
 
 class RowBitLinear(torch.nn.Module, ShardedParameters):

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bitmoe.config.schema import ModelConfig, MoEConfig
+from bitmoe.config.schema import ModelConfig, MoEConfig, Wire
 from bitmoe.parallel.process_groups import Groups
 from bitmoe.quant.policy import QuantPolicy
 
@@ -29,6 +29,8 @@ class LayerContext:
     """Dtype of parameters and activations."""
     device: torch.device
     """Where parameters live."""
+    wire: Wire = Wire.codes
+    """How codes travel between ranks."""
 
     def parameter(self, *shape: int) -> torch.nn.Parameter:
         """An uninitialized parameter of this shape."""

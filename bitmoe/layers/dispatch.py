@@ -1,9 +1,9 @@
 """One trip of tokens to their experts and back, over megatron-core's all-to-all dispatcher.
 
-The dispatcher permutes, exchanges and sorts rows of any dtype, so codes travel as int8 with their scale where the
-dispatcher expects probabilities: half the bytes of bf16, bit for bit the same result, because an expert's input is
-exactly those codes. Probabilities stay at home and multiply what comes back: applied in front of a sub-norm they would
-cancel and the router would not learn.
+The dispatcher permutes, exchanges and sorts rows of any dtype and width, so codes travel in the bytes that ``CodeWire``
+makes of them, with their scale where the dispatcher expects probabilities: a quarter of bf16's bytes in 4-bit formats,
+bit for bit the same result, because an expert's input is exactly those codes. Probabilities stay at home and multiply
+what comes back: applied in front of a sub-norm they would cancel and the router would not learn.
 
 A dispatcher keeps the splits of its last call in itself; ``Dispatch`` copies it per forward, so that several
 micro-batches can be in flight (pipelines) and the backward pass uses the splits of its own forward. It waits for the
@@ -17,6 +17,7 @@ from megatron.core.transformer.moe.moe_utils import unpermute
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
 from bitmoe.layers.local_dispatch import LocalDispatch
+from bitmoe.layers.wire import CodeWire
 
 # Shapes: T = tokens of this rank, E = experts, R = rows (token copies) on the experts' rank, H = hidden.
 
@@ -27,11 +28,12 @@ class Dispatch:
     Args:
         dispatcher: the layer's dispatcher, used as a template.
         routing_map_TE: which experts each token goes to, bool [T, E].
+        wire: how rows travel to their experts.
     """
 
-    def __init__(self, dispatcher: MoEAlltoAllTokenDispatcher, routing_map_TE: torch.Tensor):
+    def __init__(self, dispatcher: MoEAlltoAllTokenDispatcher, routing_map_TE: torch.Tensor, wire: CodeWire):
         self._dispatcher = copy.copy(dispatcher)
-        self._routing_map_TE = routing_map_TE
+        self._routing_map_TE, self._wire = routing_map_TE, wire
         self.ends_E: torch.Tensor | None = None
         self.expert_R: torch.Tensor | None = None
 
@@ -40,7 +42,7 @@ class Dispatch:
         """Bring rows and their scales to the ranks of their experts, sorted by local expert.
 
         Args:
-            x_TH: codes or values of this rank's tokens, [T, H].
+            x_TH: codes of this rank's tokens in the format of the wire, or values, [T, H].
             scale_T1: one number that travels with each token, [T, 1].
 
         Returns:
@@ -49,13 +51,14 @@ class Dispatch:
         """
         dispatcher = self._dispatcher
         scale_TE = scale_T1.expand_as(self._routing_map_TE)
-        # Not all collectives and copies know e4m3: its bytes travel as int8.
-        plain_TH = x_TH.view(torch.int8) if x_TH.dtype == torch.float8_e4m3fn else x_TH
-        rows, scales = dispatcher.dispatch_preprocess(plain_TH, self._routing_map_TE, scale_TE)
+        rows, scales = dispatcher.dispatch_preprocess(self._wire.sent(x_TH), self._routing_map_TE, scale_TE)
+        # What comes home later is as wide as the tokens were, not as what is sent.
+        dispatcher.hidden_shape = dispatcher.hidden_shape_before_permute = x_TH.shape
         rows, scales = dispatcher.token_dispatch(rows, scales)
-        rows_RH, counts_E, scale_R = dispatcher.dispatch_postprocess(rows, scales)
+        rows, counts_E, scale_R = dispatcher.dispatch_postprocess(rows, scales)
+        rows_RH = self._wire.received(rows, x_TH)
         self._set_experts(torch.as_tensor(counts_E), rows_RH)
-        return rows_RH.view(x_TH.dtype), scale_R.unsqueeze(-1)
+        return rows_RH, scale_R.unsqueeze(-1)
 
     def _set_experts(self, counts_E: torch.Tensor, rows_RH: torch.Tensor) -> None:
         """Keep which rows are which local expert's."""
@@ -88,14 +91,17 @@ class Dispatch:
         )
 
 
-def make_dispatch(dispatcher: MoEAlltoAllTokenDispatcher, routing_map_TE: torch.Tensor) -> Dispatch | LocalDispatch:
+def make_dispatch(
+    dispatcher: MoEAlltoAllTokenDispatcher, routing_map_TE: torch.Tensor, wire: CodeWire
+) -> Dispatch | LocalDispatch:
     """The trip that serves a layer: local where every expert is whole on this rank and no token is dropped.
 
     Args:
         dispatcher: the layer's dispatcher, which knows its groups and its configuration.
         routing_map_TE: which experts each token goes to, bool [T, E].
+        wire: how rows travel where they leave this rank.
     """
     is_whole = dispatcher.ep_size == dispatcher.tp_size == 1
     if is_whole and dispatcher.config.moe_expert_capacity_factor is None:
         return LocalDispatch(routing_map_TE, dispatcher.config.moe_router_topk)
-    return Dispatch(dispatcher, routing_map_TE)
+    return Dispatch(dispatcher, routing_map_TE, wire)

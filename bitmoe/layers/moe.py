@@ -11,6 +11,7 @@ from bitmoe.layers.quantize_input import Quantized, flat_tokens
 from bitmoe.layers.router import Router
 from bitmoe.layers.router_statistics import RouterStatistics
 from bitmoe.layers.sharding import ShardedParameters
+from bitmoe.layers.wire import CodeWire
 
 # Shapes: S = sequence (this rank's slice under sequence parallelism), B = batch, T = S*B, H = hidden, E = experts.
 
@@ -25,7 +26,7 @@ class MoELayer(torch.nn.Module, ShardedParameters):
 
     def __init__(self, config, context: LayerContext):
         super().__init__()
-        self.groups, self.policy = context.groups, context.policy
+        self.groups, self.policy, self.wire = context.groups, context.policy, context.wire
         self.statistics = RouterStatistics(context.moe.num_experts, context.moe.router_topk)
         self.layer_number = 0
         self.router = Router(config, context.groups.mcore, context.policy)
@@ -54,7 +55,8 @@ class MoELayer(torch.nn.Module, ShardedParameters):
         if self.policy.statistics.recording:
             self.statistics.add(self.router.last_logits_TE, routing_map_TE)
         x = x_SBH if quantized is None else quantized
-        dispatch = make_dispatch(self.dispatcher, routing_map_TE)
+        wire = CodeWire(self.wire, self.policy.act_format("gate_up"))
+        dispatch = make_dispatch(self.dispatcher, routing_map_TE, wire)
         y_RH = self.experts(flat_tokens(x), dispatch)
         y_SBH = dispatch.combine(y_RH, probs_TE).view_as(x_SBH)
         return y_SBH if self.shared_experts is None else y_SBH + self.shared_experts(x)

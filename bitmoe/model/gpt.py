@@ -79,6 +79,7 @@ def build_language_model(
         recompute_attention=config.run.recompute is Recompute.selective,
         dtype=transformer_config.params_dtype,
         device=local_device(),
+        wire=config.parallel.wire,
     )
     first, last = _is_first_and_last(config, groups, vp_stage)
     num_layers = get_num_layers_to_build(transformer_config, vp_stage, groups.pp.rank())

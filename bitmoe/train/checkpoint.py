@@ -7,7 +7,6 @@ and after a load the fingerprint of every tensor must be the saved one.
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from bitmoe.train.fingerprint import describe, fingerprints
 from bitmoe.train.manifest import verify, write_manifest
 from bitmoe.train.optimizer_state import load_optimizer_state, sharded_optimizer_state, steps_done
 from bitmoe.train.rng_state import gather_rng_state, restore_rng_state, write_rng_state
+from bitmoe.train.run_dir import config_dict
 from bitmoe.train.save_strategy import save_strategy
 
 __all__ = ["load_checkpoint", "newest_checkpoint", "save_checkpoint", "saved_state"]
@@ -151,7 +151,7 @@ def _manifest_content(engine: MegatronEngine, state: dict[str, Any]) -> dict[str
         "state": state,
         "optimizer_steps": steps_done(engine.optimizer),
         "versions": {"megatron_core": megatron.core.__version__, "torch": torch.__version__},
-        "layout": asdict(engine.config.parallel) | {"world_size": dist.get_world_size()},
+        "layout": config_dict(engine.config)["parallel"] | {"world_size": dist.get_world_size()},
         "tensors": describe(tensors),
         "fingerprints": fingerprints(tensors),
     }

@@ -18,7 +18,7 @@ def poison(monkeypatch):
     def poisoned(allocate):
         def allocate_poisoned(*args, **kwargs):
             tensor = allocate(*args, **kwargs)
-            return tensor.fill_({torch.bool: True, torch.int8: -77}.get(tensor.dtype, 12345))
+            return tensor.fill_({torch.bool: True, torch.int8: -77, torch.uint8: 77}.get(tensor.dtype, 12345))
 
         return allocate_poisoned
 

@@ -7,15 +7,17 @@ import torch
 import torch.distributed as dist
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
-from bitmoe.config.schema import Config, ModelConfig, MoEConfig, ParallelConfig, Precision, RunConfig
+from bitmoe.config.schema import ActFormat, Config, ModelConfig, MoEConfig, ParallelConfig, Precision, RunConfig, Wire
 from bitmoe.layers.dispatch import Dispatch, make_dispatch
 from bitmoe.layers.local_dispatch import LocalDispatch
+from bitmoe.layers.wire import CodeWire
 from bitmoe.model.transformer_config import make_transformer_config
 from bitmoe.parallel.process_groups import make_groups, start
 
 # Shapes: T = tokens of this rank, E = experts, R = rows on this rank, H = hidden.
 
 TOKENS, EXPERTS, HIDDEN = 6, 4, 8
+VALUES = CodeWire(Wire.codes, ActFormat.none)
 LAYOUTS = {"EP2": ParallelConfig(expert=2), "ETP2": ParallelConfig(expert_tensor=2), "EP1": ParallelConfig()}
 
 
@@ -42,45 +44,49 @@ def random_dispatch(parallel, generator):
     scores_TE = torch.rand(TOKENS, EXPERTS, generator=generator)
     scores_TE[:, 2] = -1.0
     routing_map_TE = torch.zeros(TOKENS, EXPERTS).scatter(1, scores_TE.topk(2).indices, 1).bool()
-    return Dispatch(make_dispatcher(parallel), routing_map_TE), routing_map_TE
+    return Dispatch(make_dispatcher(parallel), routing_map_TE, VALUES), routing_map_TE
 
 
-def round_trip(parallel):
-    """Inner products of both sides, and the trip of int8 codes and e4m3 beside that of the same numbers in fp32."""
+def round_trip(parallel, wire, act_format, dtype):
+    """Inner products of both sides, and the trip of codes beside that of the same numbers in fp32."""
     generator = torch.Generator().manual_seed(dist.get_rank())
-    dispatch, routing_map_TE = random_dispatch(parallel, generator)
+    values, routing_map_TE = random_dispatch(parallel, generator)
+    dispatch = Dispatch(values._dispatcher, routing_map_TE, CodeWire(wire, act_format))
     x_TH = torch.randint(-8, 8, (TOKENS, HIDDEN), generator=generator, dtype=torch.int8)
     scale_T1 = torch.rand(TOKENS, 1, generator=generator)
-    codes_RH, scale_R1 = dispatch.send(x_TH, scale_T1)
-    floats_RH, _ = dispatch.send(x_TH.to(torch.float8_e4m3fn), scale_T1)
-    values_RH, _ = dispatch.send(x_TH.float(), scale_T1)
+    codes_RH, scale_R1 = dispatch.send(x_TH.to(dtype), scale_T1)
+    values_RH, _ = values.send(x_TH.float(), scale_T1)
     y_RH = torch.randn(codes_RH.shape, generator=generator, dtype=torch.float64)
     home_TH = dispatch.send_back(y_RH)
     # <send(x), y> = <x, send_back(y)>, added over ranks.
     products = torch.stack([(values_RH * y_RH).sum(), (x_TH * home_TH).sum()])
     dist.all_reduce(products)
     probs_TE = routing_map_TE.float() * torch.rand(TOKENS, EXPERTS, generator=generator)
-    scaled_RH = codes_RH * scale_R1 / parallel.expert_tensor
+    scaled_RH = values_RH * scale_R1 / parallel.expert_tensor
     return {
         "products": products.tolist(),
         "counts": dispatch.ends_E.diff(prepend=dispatch.ends_E.new_zeros(1)).tolist(),
         "ends": dispatch.ends_E,
         "experts": dispatch.expert_R,
-        "same codes": codes_RH.dtype == torch.int8 and torch.equal(codes_RH.float(), values_RH),
-        "same floats": floats_RH.dtype == torch.float8_e4m3fn and torch.equal(floats_RH.float(), values_RH),
+        "same codes": codes_RH.dtype == dtype and torch.equal(codes_RH.float(), values_RH),
         "combined": dispatch.combine(scaled_RH, probs_TE),
         "wanted": x_TH * scale_T1 * probs_TE.sum(1, keepdim=True),
     }
 
 
+@pytest.mark.parametrize("wire", Wire, ids=lambda wire: wire.value)
+@pytest.mark.parametrize(
+    ("act_format", "dtype"),
+    [(ActFormat.int8, torch.int8), (ActFormat.int4, torch.int8), (ActFormat.int4, torch.float8_e4m3fn)],
+    ids=["int8", "int4", "int4-e4m3"],
+)
 @pytest.mark.parametrize(("name", "world_size"), [("EP1", 1), ("EP2", 2), ("ETP2", 2), ("EP1", 2)])
-def test_round_trip(name, world_size, ranks):
-    results = ranks(world_size).run(round_trip, LAYOUTS[name])
+def test_round_trip(name, world_size, act_format, dtype, wire, ranks):
+    results = ranks(world_size).run(round_trip, LAYOUTS[name], wire, act_format, dtype)
     for result in results:
         sent, returned = result["products"]
         assert sent == pytest.approx(returned, rel=1e-12)
         assert result["same codes"]
-        assert result["same floats"]
         assert result["ends"].dtype == result["experts"].dtype == torch.int32
         assert result["ends"].tolist() == list(itertools.accumulate(result["counts"]))
         assert result["experts"].tolist() == [e for e, count in enumerate(result["counts"]) for _ in range(count)]
@@ -98,7 +104,7 @@ def two_in_flight():
     """Two forwards before either goes back, as pipelines do: each takes the way of its own routing."""
     generator = torch.Generator().manual_seed(dist.get_rank())
     first, routing_map_TE = random_dispatch(LAYOUTS["EP2"], generator)
-    second = Dispatch(first._dispatcher, routing_map_TE.roll(1, 0))
+    second = Dispatch(first._dispatcher, routing_map_TE.roll(1, 0), VALUES)
     x_TH = torch.randn(TOKENS, HIDDEN, generator=generator)
     ones_T1 = torch.ones(TOKENS, 1)
     rows_first, _ = first.send(x_TH, ones_T1)
@@ -114,7 +120,7 @@ def test_two_trips_do_not_mix(ranks):
 
 def chosen_class(parallel, capacity_factor):
     routing_map_TE = torch.tensor([[True, False, False, True]]).expand(TOKENS, EXPERTS)
-    return type(make_dispatch(make_dispatcher(parallel, capacity_factor), routing_map_TE))
+    return type(make_dispatch(make_dispatcher(parallel, capacity_factor), routing_map_TE, VALUES))
 
 
 @pytest.mark.parametrize(

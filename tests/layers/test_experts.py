@@ -14,11 +14,13 @@ from bitmoe.config.schema import (
     Precision,
     QuantConfig,
     RunConfig,
+    Wire,
 )
 from bitmoe.layers.context import LayerContext
 from bitmoe.layers.dispatch import Dispatch
 from bitmoe.layers.experts import RoutedExperts
 from bitmoe.layers.local_dispatch import LocalDispatch
+from bitmoe.layers.wire import CodeWire
 from bitmoe.model.transformer_config import make_transformer_config
 from bitmoe.parallel.process_groups import make_groups, start
 from bitmoe.quant.policy import QuantPolicy
@@ -57,7 +59,8 @@ def run_experts(chosen, weight_factor=1.0, groups=2, backward=BackwardFormat.bf1
     )
     routing_map_TE = torch.zeros(TOKENS, EXPERTS, dtype=torch.bool)
     routing_map_TE[:, chosen] = True
-    dispatch = LocalDispatch(routing_map_TE, 2) if local else Dispatch(dispatcher, routing_map_TE)
+    wire = CodeWire(Wire.codes, ActFormat.int4)
+    dispatch = LocalDispatch(routing_map_TE, 2) if local else Dispatch(dispatcher, routing_map_TE, wire)
     x_TH = torch.randn(TOKENS, HIDDEN, generator=generator).requires_grad_()
     y_TH = dispatch.combine(experts(x_TH, dispatch), routing_map_TE.float())
     y_TH.backward(torch.randn(y_TH.shape, generator=generator))

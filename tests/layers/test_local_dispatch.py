@@ -4,9 +4,20 @@ import pytest
 import torch
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
-from bitmoe.config.schema import Config, ModelConfig, MoEConfig, ParallelConfig, Precision, RunConfig, Score
+from bitmoe.config.schema import (
+    ActFormat,
+    Config,
+    ModelConfig,
+    MoEConfig,
+    ParallelConfig,
+    Precision,
+    RunConfig,
+    Score,
+    Wire,
+)
 from bitmoe.layers.dispatch import Dispatch
 from bitmoe.layers.local_dispatch import LocalDispatch
+from bitmoe.layers.wire import CodeWire
 from bitmoe.model.transformer_config import make_transformer_config
 from bitmoe.parallel.process_groups import make_groups, start
 
@@ -33,7 +44,7 @@ def make_dispatch(routing_map_TE, topk):
     )
     groups = make_groups(ParallelConfig())
     dispatcher = MoEAlltoAllTokenDispatcher(EXPERTS, list(range(EXPERTS)), config=config, pg_collection=groups.mcore)
-    return Dispatch(dispatcher, routing_map_TE)
+    return Dispatch(dispatcher, routing_map_TE, CodeWire(Wire.codes, ActFormat.none))
 
 
 def trip(dispatch, x_TH, scale_T1, probs_TE, grad_TH):

@@ -19,6 +19,10 @@ class Entry:
     """It cannot train a mixture of experts."""
 
 
+# A learning rate at which random tokens do no harm from the first step on, and a run long enough to stay there.
+SETTINGS = ("parallel=single", "run=paper", "quant.groups=1", "optim.lr=1e-4", "optim.lr_second=null")
+"""Overrides of the config, for all trainers."""
+
 _PLAIN = ("quant=none",)
 
 TRAINERS = {

@@ -1,24 +1,22 @@
 """Runs trainers one after the other and prints a row for each, as soon as it is known."""
 
 import argparse
-import gc
 import json
 import math
 import os
-import subprocess
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import measure
 import torch
 from gpu_profile import record, report
-from registry import TRAINERS
+from machine import free_memory, machine
+from registry import SETTINGS, TRAINERS
 from trainer import Trainer
 
 from bitmoe.config.compose import compose
@@ -28,8 +26,6 @@ from bitmoe.config.validate import validate
 from bitmoe.parallel.alone import alone
 
 PROFILED_STEPS = 3
-# A learning rate at which random tokens do no harm from the first step on, and a run long enough to stay there.
-SETTINGS = ["parallel=single", "run=paper", "quant.groups=1", "optim.lr=1e-4", "optim.lr_second=null"]
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -46,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"--{arguments.mode} needs a GPU", file=sys.stderr)
         return 2
     print(_header(arguments.mode), flush=True)
-    result = {"bench": arguments.mode, "shape": _shape(arguments), "command": sys.argv[1:], **_machine(), "rows": []}
+    result = {"bench": arguments.mode, "shape": _shape(arguments), "command": sys.argv[1:], **machine(), "rows": []}
     for name in arguments.trainers:
         try:
             row = measure_one(name, arguments)
@@ -104,17 +100,9 @@ def _built(name: str, config: Config) -> Iterator[Trainer]:
         torch.compiler.reset()
 
 
-def _free() -> None:
-    """Give back what former trainers held: hooks and parameters refer to each other."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-
-
 def _measure_speed(name: str, arguments: argparse.Namespace) -> dict:
     config = _config(name, arguments)
-    _free()
+    free_memory()
     before = torch.cuda.memory_allocated()
     with _built(name, config) as trainer:
         row = measure.time_steps(trainer, measure.random_batches(config), arguments.warmup, arguments.steps)
@@ -132,7 +120,7 @@ def _measure_speed(name: str, arguments: argparse.Namespace) -> dict:
 
 def _measure_layer(name: str, arguments: argparse.Namespace) -> dict:
     config = _config(name, arguments, layers=1)
-    _free()
+    free_memory()
     with _built(name, config) as trainer:
         row = measure.measure_layer(trainer.layer, config)
         del trainer
@@ -161,23 +149,6 @@ def _header(mode: str) -> str:
     if mode == "layer":
         return f"{'trainer':22}{'ms/layer':>9}{'TFLOP/s':>10}{'MiB a layer':>13}{'bytes a token':>15}  {'timed by':8}"
     return ""
-
-
-def _machine() -> dict:
-    """Where this ran: device, versions, commit."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    versions = {"torch": torch.__version__}
-    for package in ("triton", "megatron-core", "transformers"):
-        with suppress(PackageNotFoundError):
-            versions[package] = version(package)
-    return {"gpu": device, **versions, "commit": _commit()}
-
-
-def _commit() -> str | None:
-    command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"]
-    with suppress(OSError):
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
-    return None
 
 
 def _write(path: Path, result: dict) -> None:
