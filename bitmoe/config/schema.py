@@ -331,8 +331,8 @@ class EngineConfig:
     overlap_param_gather: bool = False
     """Gather updated parameters while the next forward pass runs; needs overlap_grad_reduce."""
     cuda_graph: bool = True
-    """Record micro-batches as CUDA graphs, where one GPU holds the whole model and nothing is recomputed or overlapped;
-    other layouts launch kernel by kernel."""
+    """Record micro-batches as CUDA graphs, where only tensor and data parallelism cut the model, and nothing is
+    recomputed or overlapped; else kernels are launched one by one."""
 
 
 @dataclass

@@ -15,6 +15,7 @@ from bitmoe.layers.activation import gated_activation
 from bitmoe.layers.code_product import activated_gradients, gradients, scaled_product
 from bitmoe.layers.collectives import gather_first_dim, sum_over_ranks
 from bitmoe.layers.context import LayerContext
+from bitmoe.layers.main_grad import into_main_grad
 from bitmoe.layers.norm import SubNorm
 from bitmoe.layers.plain_product import PlainColumnProduct, PlainRowProduct
 from bitmoe.layers.quantize_input import (
@@ -115,12 +116,12 @@ class _ColumnProduct(torch.autograd.Function):
         x = gathered_tokens(*ctx.saved_tensors, ctx.group, ctx.wire)
         grad_x_TH, grad_weight = gradients(grad_SBO.flatten(0, -2), *x, ctx.operands, is_column=True)
         grad_x_SBH = _sum_over_ranks(ctx, grad_x_TH.view(*grad_SBO.shape[:-1], -1))
-        return grad_x_SBH, None, None, grad_weight.view(ctx.weight_shape), *[None] * 3
+        return grad_x_SBH, None, None, into_main_grad(ctx.weight, grad_weight), *[None] * 3
 
 
 def _gather_and_multiply(ctx, carrier_SBH, codes_SBH, scale_SB1, weight, operands, group, wire) -> torch.Tensor:
     """The product [S, B, O]; ``ctx`` keeps what the backward needs beside tensors."""
-    ctx.group, ctx.wire, ctx.operands, ctx.weight_shape = group, wire, operands, weight.shape
+    ctx.group, ctx.wire, ctx.operands, ctx.weight = group, wire, operands, weight
     codes_TH, scale_T1 = gathered_tokens(codes_SBH, scale_SB1, group, wire)
     y_TO = scaled_product(codes_TH, scale_T1, operands, carrier_SBH.dtype)
     return y_TO.view(-1, *codes_SBH.shape[1:-1], y_TO.shape[-1])
@@ -173,7 +174,7 @@ class _ActivatedProduct(torch.autograd.Function):
         grad_x_TH, grad_weight, grad_gain_F = activated_gradients(grad_SBF.flatten(0, -2), *activation, *product)
         grad_x_SBH = _sum_over_ranks(ctx, grad_x_TH.view(*grad_SBF.shape[:-1], -1))
         grad_gain_F = None if gain_F is None else grad_gain_F.to(gain_F.dtype)
-        return grad_x_SBH, None, None, grad_weight.view(ctx.weight_shape), *[None] * 3, grad_gain_F, None
+        return grad_x_SBH, None, None, into_main_grad(ctx.weight, grad_weight), *[None] * 3, grad_gain_F, None
 
 
 class RowBitLinear(torch.nn.Module, ShardedParameters):
@@ -253,7 +254,7 @@ class _RowProduct(torch.autograd.Function):
     def forward(
         ctx, carrier_SBF, codes_SBF, scale_SBG, weight, operands, group, reduce_group, sequence_parallel, deterministic
     ):
-        ctx.group, ctx.sequence_parallel, ctx.operands = group, sequence_parallel, operands
+        ctx.group, ctx.sequence_parallel, ctx.operands, ctx.weight = group, sequence_parallel, operands, weight
         ctx.save_for_backward(codes_SBF, scale_SBG)
         lead, dtype = carrier_SBF.shape[:-1], carrier_SBF.dtype
         codes_TF = codes_SBF.flatten(0, -2)
@@ -273,4 +274,4 @@ class _RowProduct(torch.autograd.Function):
         if ctx.sequence_parallel:
             grad_SBH = gather_first_dim(grad_SBH, ctx.group)
         grad_TF, grad_weight = gradients(grad_SBH.flatten(0, -2), codes_TF, scale_TG, ctx.operands, is_column=False)
-        return grad_TF.view(*grad_SBH.shape[:-1], -1), None, None, grad_weight, *[None] * 5
+        return grad_TF.view(*grad_SBH.shape[:-1], -1), None, None, into_main_grad(ctx.weight, grad_weight), *[None] * 5

@@ -19,6 +19,7 @@ from bitmoe.layers.grouped_code_product import (
     grouped_scaled_product,
 )
 from bitmoe.layers.local_dispatch import LocalDispatch
+from bitmoe.layers.main_grad import into_main_grad
 from bitmoe.layers.norm import sub_norm
 from bitmoe.layers.quantize_input import (
     DownInput,
@@ -184,14 +185,14 @@ class _DispatchedProduct(torch.autograd.Function):
         where = (ctx.dispatch.ends_E, ctx.dispatch.expert_R)
         grad_RH, grad_weight = grouped_gradients(grad_RO, *ctx.saved_tensors, ctx.operands, *where, is_column=True)
         grad_TH = ctx.dispatch.send_back(grad_RH)
-        return grad_TH, None, None, grad_weight.view(ctx.weight_shape), None, None
+        return grad_TH, None, None, into_main_grad(ctx.weight, grad_weight), None, None
 
 
 def _dispatch_and_multiply(
     ctx, carrier_TH, codes_TH, scale_T1, weight, operands, dispatch
 ) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
     """Rows with their scales, and gate and up of them; ``ctx`` keeps what the backward needs beside tensors."""
-    ctx.dispatch, ctx.operands, ctx.weight_shape = dispatch, operands, weight.shape
+    ctx.dispatch, ctx.operands, ctx.weight = dispatch, operands, weight
     rows = dispatch.send(codes_TH, scale_T1)
     return rows, grouped_scaled_product(*rows, operands, dispatch.ends_E, dispatch.expert_R, carrier_TH.dtype)
 
@@ -217,7 +218,7 @@ class _ActivatedProduct(torch.autograd.Function):
         )
         grad_gain_EF = None if gain_EF is None else grad_gain_EF.to(gain_EF.dtype)
         grad_TH = ctx.dispatch.send_back(grad_RH)
-        return grad_TH, None, None, grad_weight.view(ctx.weight_shape), None, None, grad_gain_EF, None
+        return grad_TH, None, None, into_main_grad(ctx.weight, grad_weight), None, None, grad_gain_EF, None
 
 
 class _ExpertProduct(torch.autograd.Function):
@@ -234,7 +235,7 @@ class _ExpertProduct(torch.autograd.Function):
         dispatch,
         reduce_group: dist.ProcessGroup | None,
     ):
-        ctx.dispatch, ctx.operands = dispatch, operands
+        ctx.dispatch, ctx.operands, ctx.weight = dispatch, operands, weight
         ctx.save_for_backward(codes_RF, scale_RG)
         where, dtype = (dispatch.ends_E, dispatch.expert_R), carrier_RF.dtype
         if reduce_group is None:
@@ -249,4 +250,4 @@ class _ExpertProduct(torch.autograd.Function):
     def backward(ctx, grad_RH):
         where = (ctx.dispatch.ends_E, ctx.dispatch.expert_R)
         grad_RF, grad_weight = grouped_gradients(grad_RH, *ctx.saved_tensors, ctx.operands, *where, is_column=False)
-        return grad_RF, None, None, grad_weight, *[None] * 3
+        return grad_RF, None, None, into_main_grad(ctx.weight, grad_weight), *[None] * 3

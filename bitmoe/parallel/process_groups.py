@@ -73,7 +73,7 @@ def make_groups(parallel: ParallelConfig) -> Groups:
     Args:
         parallel: a validated layout; the world size must be a multiple of what it needs.
     """
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.core.tensor_parallel.random import initialize_rng_tracker
 
     parallel_state.destroy_model_parallel()
     _forget_auxiliary_losses()
@@ -84,8 +84,9 @@ def make_groups(parallel: ParallelConfig) -> Groups:
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
     )
-    # Layers fork this tracker even where nothing is drawn from it (no dropout in this model).
-    model_parallel_cuda_manual_seed(1)
+    # Layers fork random generators even where nothing is drawn (there is no dropout here). Those of inference stay as
+    # they are: a fork copies them between host and GPU, which a CUDA graph cannot record.
+    initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
     collection = ProcessGroupCollection.use_mpu_process_groups()
     return Groups(
         tp=collection.tp,

@@ -1,8 +1,10 @@
 """Forward and backward of a micro-batch as a CUDA graph: thousands of kernels, launched at once.
 
 A layer of this model is some fifty kernels, most of them shorter than Python takes to launch one. A graph is recorded
-where the sequence of kernels cannot change from step to step: one rank holds the whole model, experts included, nothing
-is recomputed (that would move random generators), and no gradient travels before the backward pass ends.
+where the sequence of kernels cannot change from step to step: every rank runs all layers, experts are whole on it (of
+what is exchanged only run time knows the size), nothing is recomputed (that would move random generators), and no
+gradient travels before the backward pass ends. Collectives of tensor parallelism are recorded like any kernel: they
+have made their connections when a key is run for the first time.
 
 What decides the sequence is the ``Key``: the first micro-batch of a step makes ternary codes, the others find them; a
 recording step counts codes; a bit stage has its formats. Each key is run once as it is, which compiles its kernels,
@@ -32,10 +34,10 @@ class Key(NamedTuple):
 def graphs_hold(config: Config) -> bool:
     """Whether micro-batches of this layout can be recorded."""
     parallel, engine, run = config.parallel, config.engine, config.run
-    is_one_rank = parallel.tensor == parallel.pipeline == parallel.expert == parallel.expert_tensor == 1
+    is_whole = parallel.pipeline == parallel.expert == parallel.expert_tensor == 1
     is_static = config.moe.capacity_factor is None and run.recompute is Recompute.none and not run.deterministic
     is_apart = not (engine.overlap_grad_reduce or engine.overlap_param_gather)
-    return engine.cuda_graph and torch.cuda.is_available() and is_one_rank and is_static and is_apart
+    return engine.cuda_graph and torch.cuda.is_available() and is_whole and is_static and is_apart
 
 
 class MicroBatchGraphs:

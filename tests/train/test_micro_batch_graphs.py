@@ -78,7 +78,7 @@ def test_recorded_steps_are_the_same_steps(overrides):
     [
         "parallel.pipeline=2",
         "parallel.expert=2",
-        "parallel.tensor=2",
+        "parallel.expert_tensor=2",
         "run.recompute=full",
         "run.deterministic=true",
         "engine.overlap_grad_reduce=true",
@@ -90,6 +90,11 @@ def test_layouts_that_are_not_recorded(override, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert graphs_hold(compose(["parallel=single"]))
     assert not graphs_hold(compose(["parallel=single", override]))
+
+
+def test_tensor_parallel_layouts_are_recorded(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert graphs_hold(compose(["parallel=tp2", "parallel.sequence=true"]))
 
 
 def test_nothing_is_recorded_without_a_gpu(monkeypatch):

@@ -7,8 +7,8 @@ HEAD = (
 LEGEND = """
 Weak scaling over data-parallel ranks (a micro-batch each, with EP too); a fixed total in a tensor-parallel group.
 efficiency: tokens/s a GPU over those of one GPU with the same G.
-graph: micro-batches are CUDA graphs, which they cannot be with tensor or expert parallelism or overlap
-(engine.cuda_graph=false: none is).
+graph: micro-batches are CUDA graphs, which they cannot be with expert parallelism or overlap (engine.cuda_graph=false:
+none is).
 MiB in: codes and scales that a rank receives in one forward pass. The bf16 wire widens codes before they are sent and
 narrows them after, which frameworks that send activations need not.
 """

@@ -207,8 +207,9 @@ def _relu2_glu_bwd_kernel(
                     new_dgain = new_dgain + (dgain[piece] + dy * rounded_unit,)
                     dunit = dh * load_piece(gain_ptrs, piece, NUM_FEATURES, BLOCK_FEATURES)
                     dh = rstd * (dunit - unit * mean)
-                dgate = dh * 2.0 * relu * up
-                dup = dh * relu * relu
+                dup = dh * relu
+                dgate = (dup + dup) * up
+                dup *= relu
                 if AS_CODES:
                     pair = _bf16_pair(dgate, dup)
                     pairs, largest = pairs + (pair,), _larger_magnitudes(largest, pair)

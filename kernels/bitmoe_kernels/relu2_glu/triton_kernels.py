@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from bitmoe_kernels.act_quant.triton_kernels import FORMAT_LEVELS, IS_INTERPRETED, row_codes, row_scales
+from bitmoe_kernels.act_quant.triton_kernels import FORMAT_LEVELS, IS_INTERPRETED, row_codes, row_scales, to_float32
 
 
 def piece_tile(num_features: int) -> dict[str, int]:
@@ -148,9 +148,9 @@ def load_piece(row_ptrs, piece: tl.constexpr, NUM_FEATURES: tl.constexpr, BLOCK_
     """Features of a piece, fp32 [BR, P], of the rows that begin at ``row_ptrs`` [BR, 1]; 0 past their end."""
     features = piece * BLOCK_FEATURES + tl.arange(0, BLOCK_FEATURES)[None, :]
     if (piece + 1) * BLOCK_FEATURES <= NUM_FEATURES:
-        return tl.load(row_ptrs + features).to(tl.float32)
+        return to_float32(tl.load(row_ptrs + features))
     else:
-        return tl.load(row_ptrs + features, mask=features < NUM_FEATURES, other=0.0).to(tl.float32)
+        return to_float32(tl.load(row_ptrs + features, mask=features < NUM_FEATURES, other=0.0))
 
 
 @triton.jit
@@ -158,7 +158,7 @@ def load_piece_again(row_ptrs, piece: tl.constexpr, NUM_FEATURES: tl.constexpr, 
     """The same from the caches: of two reads alike the compiler makes one, and keeps the piece in registers."""
     features = piece * BLOCK_FEATURES + tl.arange(0, BLOCK_FEATURES)[None, :]
     mask = features < NUM_FEATURES
-    return tl.load(row_ptrs + features, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    return to_float32(tl.load(row_ptrs + features, mask=mask, other=0.0, eviction_policy="evict_first"))
 
 
 @triton.jit
