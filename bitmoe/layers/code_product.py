@@ -69,7 +69,8 @@ def gradients(
     """
     dtype = dy_TO.dtype
     if weight.columns is None:
-        return _input_gradient(dy_TO, weight, is_column), dy_TO.T @ dequantize(x_codes_TI, x_scale_TG, dtype)
+        dx_TI = dy_TO @ dequantized(weight, is_column, dtype)
+        return dx_TI, dy_TO.T @ dequantize(x_codes_TI, x_scale_TG, dtype)
     w_scale_O, w_scale_G = (weight.scale, None) if is_column else (None, weight.scale)
     if x_codes_TI.dtype == torch.int8:
         dx_TI = input_grad(quantize_grad(dy_TO, w_scale_O), weight.columns, w_scale_G)
@@ -110,13 +111,7 @@ def activated_gradients(
     return input_grad(grad, weight.columns).to(dtype), weight_grad(grad, x_codes_TI, weight.scale).to(dtype), dgain
 
 
-def _input_gradient(dy_TO: torch.Tensor, weight: WeightOperands, is_column: bool) -> torch.Tensor:
-    w_OI = weight.rows.to(dy_TO.dtype)
-    if is_column:
-        return scaled(dy_TO, weight.scale) @ w_OI
-    return scaled((dy_TO @ w_OI).unflatten(-1, (len(weight.scale), -1)), weight.scale[:, None]).flatten(-2)
-
-
-def scaled(grad: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """grad * scale in fp32 (fp64 for fp64), rounded once."""
-    return (grad * scale).to(grad.dtype)
+def dequantized(weight: WeightOperands, is_column: bool, dtype: torch.dtype) -> torch.Tensor:
+    """The weight [O, I] (or [E, O, I]) that its codes and scales stand for, rounded once."""
+    scale = weight.scale.unsqueeze(-1) if is_column else weight.scale.unsqueeze(-2)
+    return dequantize(weight.rows, scale.expand(*weight.rows.shape[:-1], -1), dtype)

@@ -182,8 +182,8 @@ class _DispatchedProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_RO):
-        where = (ctx.dispatch.ends_E, ctx.dispatch.expert_R)
-        grad_RH, grad_weight = grouped_gradients(grad_RO, *ctx.saved_tensors, ctx.operands, *where, is_column=True)
+        ends_E, operands = ctx.dispatch.ends_E, ctx.operands
+        grad_RH, grad_weight = grouped_gradients(grad_RO, *ctx.saved_tensors, operands, ends_E, is_column=True)
         grad_TH = ctx.dispatch.send_back(grad_RH)
         return grad_TH, None, None, into_main_grad(ctx.weight, grad_weight), None, None
 
@@ -248,6 +248,6 @@ class _ExpertProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_RH):
-        where = (ctx.dispatch.ends_E, ctx.dispatch.expert_R)
-        grad_RF, grad_weight = grouped_gradients(grad_RH, *ctx.saved_tensors, ctx.operands, *where, is_column=False)
+        ends_E, operands = ctx.dispatch.ends_E, ctx.operands
+        grad_RF, grad_weight = grouped_gradients(grad_RH, *ctx.saved_tensors, operands, ends_E, is_column=False)
         return grad_RF, None, None, into_main_grad(ctx.weight, grad_weight), *[None] * 3

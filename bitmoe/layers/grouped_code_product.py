@@ -2,7 +2,7 @@
 
 import torch
 
-from bitmoe.layers.code_product import scaled
+from bitmoe.layers.code_product import dequantized
 from bitmoe.layers.collectives import tree_sum
 from bitmoe.quant.ternary_codes import WeightOperands
 from bitmoe_kernels.act_quant import dequantize
@@ -62,13 +62,12 @@ def grouped_gradients(
     x_scale_RG: torch.Tensor,
     weight: WeightOperands,
     ends_E: torch.Tensor,
-    expert_R: torch.Tensor,
     is_column: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of the input [R, I] and of the weights [E, O, I], in the dtype of ``dy_RO``; as ``gradients``."""
     dtype, dy_RO = dy_RO.dtype, dy_RO.contiguous()
     if weight.columns is None:
-        dx_RI = _input_gradient(dy_RO, weight, ends_E, expert_R, is_column)
+        dx_RI = grouped_matmul(dy_RO, dequantized(weight, is_column, dtype), ends_E)
         return dx_RI, grouped_outer(dy_RO, dequantize(x_codes_RI, x_scale_RG, dtype), ends_E)
     w_scale_EO, w_scale_EG = (weight.scale, None) if is_column else (None, weight.scale)
     if x_codes_RI.dtype == torch.int8:
@@ -95,7 +94,7 @@ def grouped_activated_gradients(
     """``activated_gradients`` for rows sorted by expert: of the input, the weights and the gains of the sub-norm."""
     if weight.columns is None or x_codes_RI.dtype == torch.int8 or num_groups > 1:
         dgate_up_R2F, dgain = relu2_glu_quantize_backward(dy_RF, gate_up_R2F, gain_EF, rstd_RG, expert_R)
-        gradients = grouped_gradients(dgate_up_R2F, x_codes_RI, x_scale_R1, weight, ends_E, expert_R, is_column=True)
+        gradients = grouped_gradients(dgate_up_R2F, x_codes_RI, x_scale_R1, weight, ends_E, is_column=True)
         return *gradients, dgain
     w_scale_E2, dtype = weight.scale.unflatten(1, (2, -1))[:, :, 0], dy_RF.dtype
     activation = gate_up_R2F, gain_EF, rstd_RG
@@ -104,13 +103,3 @@ def grouped_activated_gradients(
     dx_RI = grouped_input_grad(grad, weight.columns, None, ends_E)
     dw_EOI = grouped_weight_grad(grad, x_codes_RI, weight.scale, ends_E)
     return dx_RI.to(dtype), dw_EOI.to(dtype), dgain
-
-
-def _input_gradient(
-    dy_RO: torch.Tensor, weight: WeightOperands, ends_E: torch.Tensor, expert_R: torch.Tensor, is_column: bool
-) -> torch.Tensor:
-    if is_column:
-        return grouped_matmul(scaled(dy_RO, weight.scale[expert_R]), weight.rows.to(dy_RO.dtype), ends_E)
-    dx_RI = grouped_matmul(dy_RO, weight.rows.to(dy_RO.dtype), ends_E)
-    w_scale_RG = weight.scale[expert_R]
-    return scaled(dx_RI.unflatten(1, (w_scale_RG.shape[1], -1)), w_scale_RG[:, :, None]).flatten(1)

@@ -151,10 +151,11 @@ class MegatronEngine:
         decay = weight_decay(step, config.optim, config.run.steps)
         for group in self.optimizer.param_groups:
             group["lr"], group["weight_decay"] = lr, decay * group["wd_mult"]
-        loss = self.compute_gradients(get_batch)
+        loss = self._add_up_gradients(get_batch)
         grad_norm = optimizer_step(self.optimizer, config.optim.clip_grad)
         self.policy.parameters_changed()
-        return StepResult(loss, grad_norm.item(), lr, decay, stage)
+        # Read when all is launched: the GPU would wait for the launches of the optimizer.
+        return StepResult(loss.item(), grad_norm.item(), lr, decay, stage)
 
     def set_stage(self, step: int) -> int:
         """Put the layers into the bit stage of ``step``; returns its index."""
@@ -172,6 +173,10 @@ class MegatronEngine:
         Returns:
             The loss of the global batch.
         """
+        return self._add_up_gradients(get_batch, whole).item()
+
+    def _add_up_gradients(self, get_batch: Callable[[range], Batch], whole: bool = False) -> torch.Tensor:
+        """``compute_gradients``, with the loss on its device."""
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
@@ -180,7 +185,7 @@ class MegatronEngine:
             return self._run_graphs(get_batch)
         return self._run_schedule(get_batch, forward_only=False, force_all_reduce=whole)
 
-    def _run_graphs(self, get_batch: Callable[[range], Batch]) -> float:
+    def _run_graphs(self, get_batch: Callable[[range], Batch]) -> torch.Tensor:
         losses = [self._graphs(_to_device(get_batch(rows)), self._stage) for rows in self.rows()]
         finalize_model_grads(self.chunks, pg_collection=self.groups.mcore)
         return self._global_mean(losses)
@@ -201,11 +206,11 @@ class MegatronEngine:
         """Mean cross-entropy in nats per token of one global batch, without gradients."""
         for chunk in self.chunks:
             chunk.eval()
-        return self._run_schedule(get_batch, forward_only=True)
+        return self._run_schedule(get_batch, forward_only=True).item()
 
     def _run_schedule(
         self, get_batch: Callable[[range], Batch], forward_only: bool, force_all_reduce: bool = False
-    ) -> float:
+    ) -> torch.Tensor:
         batches = [_to_device(get_batch(rows)) for rows in self.rows()]
         outputs = self._schedule(batches, forward_only=forward_only, force_all_reduce=force_all_reduce)
         return self._global_mean([output["loss"] for output in outputs])
@@ -223,13 +228,13 @@ class MegatronEngine:
             **({"forward_only": False} | options),
         )
 
-    def _global_mean(self, losses: list[torch.Tensor]) -> float:
-        """Mean over all micro-batches; only last pipeline stages have losses, equal on tensor-parallel ranks."""
+    def _global_mean(self, losses: list[torch.Tensor]) -> torch.Tensor:
+        """Mean over all micro-batches, fp64; only last pipeline stages have losses, equal on tensor-parallel ranks."""
         total = torch.zeros(2, dtype=torch.float64, device=local_device())
         for loss in losses:
             total += torch.stack([loss.double(), torch.ones_like(loss, dtype=torch.float64)])
         dist.all_reduce(total)
-        return (total[0] / total[1]).item()
+        return total[0] / total[1]
 
     def record_statistics(self, recording: bool) -> None:
         """Switch the counting of codes and routing on or off."""
