@@ -160,8 +160,8 @@ class _Quantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TD, role, policy, num_groups, exchange_group):
         if num_groups is None:
-            codes_TD, scale_TG = _whole_rows(x_TD, role, policy)
-            codes_TD = codes_TD.to(row_code_dtype(x_TD, policy.act_format(role)))
+            code_dtype, quantize = row_code_dtype(x_TD, policy.act_format(role)), _QUANTIZERS[policy.act_format(role)]
+            codes_TD, scale_TG = quantize(x_TD) if code_dtype == torch.int8 else quantize(x_TD, code_dtype)
         else:
             codes_TD, scale_TG = _groups(x_TD, role, policy, num_groups, exchange_group)
         policy.statistics.add_activations(role, codes_TD, policy.act_format(role))

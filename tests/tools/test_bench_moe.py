@@ -79,18 +79,22 @@ def test_routing():
     assert (inputs.experts_TK[:, 0] < inputs.experts_TK[:, 1]).all()
 
 
-def test_table(capsys):
+def test_rows_and_ratios(capsys):
     moe_runs = tool("moe_runs")
-    timed = {"eager": ("bf16", moe_runs.Timing(2.0, "graph")), "ours": ("ours", moe_runs.Timing(1.0, "events"))}
-    rows = moe_runs.table(SMALL, timed, {"Liger": "ModuleNotFoundError: no liger_kernel"})
-    assert [(row["name"], row["kind"], row["ms"], row["how"]) for row in rows] == [
-        ("eager", "bf16", 2.0, "graph"),
-        ("ours", "ours", 1.0, "events"),
+    timed = {"eager": ("bf16", 3.0, "graph"), "compiled": ("bf16", 2.0, "graph"), "8-bit": ("ours", 1.0, "events")}
+    rows = [
+        moe_runs.print_row(SMALL, name, kind, moe_runs.Timing(ms, how)) for name, (kind, ms, how) in timed.items()
     ]
-    assert rows[0]["tflops"] == round(18 * 200 * 64 * 96 / 2e9, 1)
-    *_, ours, liger = capsys.readouterr().out.splitlines()
-    assert ours.split() == ["ours", "1.000", "0", "2.00x", "(events)"]
-    assert liger.split() == ["Liger", "left", "out:", "ModuleNotFoundError:", "no", "liger_kernel"]
+    assert [(row["name"], row["kind"], row["ms"], row["how"]) for row in rows] == [
+        ("eager", "bf16", 3.0, "graph"),
+        ("compiled", "bf16", 2.0, "graph"),
+        ("8-bit", "ours", 1.0, "events"),
+    ]
+    assert rows[1]["tflops"] == round(18 * 200 * 64 * 96 / 2e9, 1)
+    moe_runs.print_ratios(rows)
+    *_, ours, ratio = capsys.readouterr().out.splitlines()
+    assert ours.split() == ["8-bit", "1.000", "0", "(events)"]
+    assert ratio == "8-bit: 2.00x of the fastest bf16"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -27,7 +27,11 @@ from bitmoe.train.quiet import quiet_libraries
 
 def main() -> None:
     """Check, time, print."""
-    argparse.ArgumentParser("bench_moe", description=__doc__.partition("\n")[0]).parse_args()
+    layers = {layer.title: layer for layer in [*MOE_LAYERS, *LARGE_MOE_LAYERS]}
+    parser = argparse.ArgumentParser("bench_moe", description=__doc__.partition("\n")[0])
+    shapes = f"shapes that hold this text, of {', '.join(layers)}"
+    parser.add_argument("--only", default="", metavar="TEXT", help=shapes)
+    only = parser.parse_args().only
     require_gpu()
     quiet_libraries()
     # These import megatron-core, which is loud until here.
@@ -43,7 +47,7 @@ def main() -> None:
             worst = min(figures, key=lambda what: figures[what].cosine)
             print(f"{variant}: y within {figures['y'].relative_error:.4f} of fp64; {worst} {figures[worst].cosine:.6f}")
         print(json.dumps({**about, "close": found}))
-        for layer in [*MOE_LAYERS, *LARGE_MOE_LAYERS]:
+        for layer in [layer for title, layer in layers.items() if only in title]:
             free()
             print(json.dumps({**about, **time_layer(layer, groups)}), flush=True)
 

@@ -74,37 +74,41 @@ def check_baseline(run: Callable, inputs: Inputs) -> None:
 
 
 def time_layer(layer: MoELayer, groups: Groups) -> dict:
-    """Time every contender at one shape, print its table and return its results."""
+    """Time every contender at one shape, print a row as soon as it is known, and return the results."""
     is_large = layer in LARGE_MOE_LAYERS
-    inputs, timed, skipped = make_inputs(layer, "cuda"), {}, {}
+    inputs, rows, skipped = make_inputs(layer, "cuda"), [], {}
     repeats = {"repeats": LARGE_REPEATS} if is_large else {}
+    print(f"\n{layer.title:40}{'ms':>9}{'TFLOP/s':>9}", flush=True)
     for title in [FASTEST] if is_large else BASELINES:
         try:
             run = swiglu_pass(inputs, BASELINES[title]())
             check_baseline(run, inputs)
-            timed[title] = "bf16", time_pass(run, can_record=title not in CANNOT_RECORD, **repeats)
+            timing = time_pass(run, can_record=title not in CANNOT_RECORD, **repeats)
+            rows.append(print_row(layer, title, "bf16", timing))
         except Exception as error:
             skipped[title] = first_line(error)
+            print(f"{title:40}left out: {skipped[title]}", flush=True)
         run = None
         torch.compiler.reset()
         free()
     for variant in LARGE_VARIANTS if is_large else VARIANTS:
-        timed[variant] = "ours", time_pass(make_ours(variant, inputs, groups), **repeats)
+        rows.append(print_row(layer, variant, "ours", time_pass(make_ours(variant, inputs, groups), **repeats)))
         free()
-    return {"shape": layer.title, "results": table(layer, timed, skipped), "skipped": skipped}
+    print_ratios(rows)
+    return {"shape": layer.title, "results": rows, "skipped": skipped}
 
 
-def table(layer: MoELayer, timed: dict[str, tuple[str, Timing]], skipped: dict[str, str]) -> list[dict]:
-    """Print a row for each contender; return the rows."""
-    bf16 = [timing.ms for kind, timing in timed.values() if kind == "bf16"]
-    print(f"\n{layer.title:40}{'ms':>9}{'TFLOP/s':>9}{'of bf16':>9}")
-    rows = []
-    for name, (kind, timing) in timed.items():
-        tflops = round(1e-9 * layer.flops / timing.ms, 1)
-        ratio = f"{min(bf16) / timing.ms:8.2f}x" if bf16 else f"{'-':>9}"
-        note = "" if timing.how == "graph" else f"  ({timing.how})"
-        print(f"{name:40}{timing.ms:9.3f}{tflops:9.0f}{ratio}{note}")
-        rows.append({"name": name, "kind": kind, **timing._asdict(), "tflops": tflops})
-    for name, why in skipped.items():
-        print(f"{name:40}left out: {why}")
-    return rows
+def print_row(layer: MoELayer, name: str, kind: str, timing: Timing) -> dict:
+    """Print one contender's time and rate; returns its result."""
+    tflops = round(1e-9 * layer.flops / timing.ms, 1)
+    note = "" if timing.how == "graph" else f"  ({timing.how})"
+    print(f"{name:40}{timing.ms:9.3f}{tflops:9.0f}{note}", flush=True)
+    return {"name": name, "kind": kind, **timing._asdict(), "tflops": tflops}
+
+
+def print_ratios(rows: list[dict]) -> None:
+    """How many times the fastest of bf16 each of ours is."""
+    bf16 = [row["ms"] for row in rows if row["kind"] == "bf16"]
+    for row in rows:
+        if bf16 and row["kind"] == "ours":
+            print(f"{row['name']}: {min(bf16) / row['ms']:.2f}x of the fastest bf16", flush=True)
