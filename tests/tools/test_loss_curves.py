@@ -205,7 +205,7 @@ def test_table():
     text = tool("summary").table(curves)
     assert "dense, 113.8M parameters; nats per token" in text
     assert "mixture of experts, 170.5M parameters, 57.2M active" in text
-    assert "NOT FINISHED: 50 of 400 steps" in text
+    assert "to step 50 of 400" in text
     verdict, seeds = [line for line in text.splitlines() if line.startswith(("the two backwards", "two seeds"))]
     assert verdict.endswith("0.0040 on held-out text at the end: within 0.01")
     assert seeds.endswith("0.0000 on held-out text at the end")

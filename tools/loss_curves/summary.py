@@ -34,7 +34,7 @@ def _model_table(rows: list[Comparison]) -> list[str]:
         held_out, difference = _last(row.held_out), _last(row.held_out_difference)
         cells = [_loss(row.last_loss, row.last_difference), _loss(held_out, difference)]
         largest = "" if row.largest_difference is None else f"{row.largest_difference:.4f}"
-        note = "" if row.curve.is_finished else f"  NOT FINISHED: {row.last_step} of {steps} steps"
+        note = "" if row.last_step >= steps else f"  to step {row.last_step} of {steps}"
         lines.append(f"{row.label:36}{cells[0]:>20}{cells[1]:>20}{largest:>20}{note}")
     return [*lines, *_verdict(rows)]
 
