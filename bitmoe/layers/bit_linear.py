@@ -69,20 +69,21 @@ class ColumnBitLinear(torch.nn.Module, ShardedParameters):
     def _with_scales(self):
         return absmean_rows(self.weight.flatten(0, -2), self.scale_ids_O, self.num_scales, self.reduce_group)
 
-    def forward(self, x_SBH: Quantized | torch.Tensor) -> torch.Tensor:
-        """Multiply [S, B, H] (or this rank's [S/tp, B, H] under sequence parallelism) into [S, B, O]."""
-        if not self.policy.is_ternary:
-            return PlainColumnProduct.apply(x_SBH, self.weight.flatten(0, -2), self.groups.tp, self.sequence_parallel)
-        return _ColumnProduct.apply(*self._product(x_SBH))
-
-    def activated(self, x_SBH: Quantized | torch.Tensor, gain_F: torch.Tensor | None, down: DownInput) -> Quantized:
-        """Multiply into gate and up, and make down's input of them: [S, B, H] into [S, B, F].
+    def forward(
+        self, x_SBH: Quantized | torch.Tensor, down: DownInput | None = None, sub_norm: SubNorm | None = None
+    ) -> torch.Tensor | Quantized:
+        """Multiply [S, B, H] (or this rank's [S/tp, B, H] under sequence parallelism) into [S, B, O].
 
         Args:
-            x_SBH: as in ``forward``; weights are quantized.
-            gain_F: of the sub-norm in front of down; None without one.
-            down: what comes between.
+            x_SBH: quantized, or to be quantized here.
+            down: what makes down's input [S, B, F] of gate and up, which is then returned; None returns the product.
+            sub_norm: in front of down; None without one.
         """
+        if not self.policy.is_ternary:
+            return PlainColumnProduct.apply(x_SBH, self.weight.flatten(0, -2), self.groups.tp, self.sequence_parallel)
+        if down is None:
+            return _ColumnProduct.apply(*self._product(x_SBH))
+        gain_F = None if sub_norm is None else sub_norm()
         return Quantized(*_ActivatedProduct.apply(*self._product(x_SBH), gain_F, down))
 
     def _product(self, x_SBH: Quantized | torch.Tensor) -> tuple:
@@ -115,7 +116,7 @@ class _ColumnProduct(torch.autograd.Function):
     def backward(ctx, grad_SBO):
         x = gathered_tokens(*ctx.saved_tensors, ctx.group, ctx.wire)
         grad_x_TH, grad_weight = gradients(grad_SBO.flatten(0, -2), *x, ctx.operands, is_column=True)
-        grad_x_SBH = _sum_over_ranks(ctx, grad_x_TH.view(*grad_SBO.shape[:-1], -1))
+        grad_x_SBH = _sum_of_slice(ctx, grad_x_TH.view(*grad_SBO.shape[:-1], -1))
         return grad_x_SBH, None, None, into_main_grad(ctx.weight, grad_weight), *[None] * 3
 
 
@@ -137,7 +138,7 @@ def gathered_tokens(
     return codes_SBH.flatten(0, -2), scale_SB1.flatten(0, -2)
 
 
-def _sum_over_ranks(ctx, grad_SBH: torch.Tensor) -> torch.Tensor:
+def _sum_of_slice(ctx, grad_SBH: torch.Tensor) -> torch.Tensor:
     """The adjoint of the gather: the gradient of this rank's input."""
     return sum_over_ranks(grad_SBH, ctx.group, scatter=ctx.wire is not None)
 
@@ -172,7 +173,7 @@ class _ActivatedProduct(torch.autograd.Function):
         activation = gate_up_SB2F.flatten(0, -2), gain_F, rstd_TG
         product = *gathered_tokens(codes_SBH, scale_SB1, ctx.group, ctx.wire), ctx.operands, ctx.num_groups
         grad_x_TH, grad_weight, grad_gain_F = activated_gradients(grad_SBF.flatten(0, -2), *activation, *product)
-        grad_x_SBH = _sum_over_ranks(ctx, grad_x_TH.view(*grad_SBF.shape[:-1], -1))
+        grad_x_SBH = _sum_of_slice(ctx, grad_x_TH.view(*grad_SBF.shape[:-1], -1))
         grad_gain_F = None if gain_F is None else grad_gain_F.to(gain_F.dtype)
         return grad_x_SBH, None, None, into_main_grad(ctx.weight, grad_weight), *[None] * 3, grad_gain_F, None
 
@@ -213,13 +214,12 @@ class RowBitLinear(torch.nn.Module, ShardedParameters):
     def _with_scales(self):
         return absmean_columns(self.weight, self.num_groups, self.reduce_group)
 
-    def whole_down_input(self) -> tuple[torch.Tensor | None, DownInput] | None:
-        """Gain of the sub-norm and what else makes this linear's input of gate and up; None where it is made here."""
+    def whole_down_input(self) -> DownInput | None:
+        """What makes this linear's input of gate and up in front of it; None where it is made here."""
         is_whole = self.policy.is_ternary and self.reduce_group is None
         if not is_whole or self.activation is not Activation.relu2_glu:
             return None
-        gain_F, eps = self._gain()
-        return gain_F, DownInput(eps, self.policy, self.num_groups)
+        return DownInput(0.0 if self.sub_norm is None else self.sub_norm.eps, self.policy, self.num_groups)
 
     def forward(self, x_SBF: Quantized | torch.Tensor) -> torch.Tensor:
         """Multiply features [S, B, F] (or 2F), add over ranks: [S, B, H], or [S/tp, B, H] (sequence parallel)."""
@@ -239,12 +239,8 @@ class RowBitLinear(torch.nn.Module, ShardedParameters):
         """Activation, sub-norm and quantization; the last two in one kernel where this rank holds whole groups."""
         x_SBF, where = self._activated(x_SBF), (self.role, self.policy, self.num_groups)
         if self.sub_norm is not None and self.reduce_group is None:
-            return normalize_groups(x_SBF, *self._gain(), *where)
+            return normalize_groups(x_SBF, self.sub_norm(), self.sub_norm.eps, *where)
         return quantize_groups(x_SBF if self.sub_norm is None else self.sub_norm(x_SBF), *where, self.reduce_group)
-
-    def _gain(self) -> tuple[torch.Tensor | None, float]:
-        """Gain and eps of the sub-norm."""
-        return (None, 0.0) if self.sub_norm is None else (self.sub_norm.weight, self.sub_norm.eps)
 
 
 class _RowProduct(torch.autograd.Function):

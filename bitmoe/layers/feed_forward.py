@@ -34,6 +34,4 @@ class FeedForward(torch.nn.Module, ShardedParameters):
 
     def forward(self, x_SBH: Quantized | torch.Tensor) -> torch.Tensor:
         """Normalized rows [S, B, H] (or their sequence-parallel slice) to the same shape."""
-        down_input = self.linear_fc2.whole_down_input()
-        x = self.linear_fc1(x_SBH) if down_input is None else self.linear_fc1.activated(x_SBH, *down_input)
-        return self.linear_fc2(x)
+        return self.linear_fc2(self.linear_fc1(x_SBH, self.linear_fc2.whole_down_input(), self.linear_fc2.sub_norm))

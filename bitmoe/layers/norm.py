@@ -28,9 +28,12 @@ class RMSNorm(torch.nn.Module):
         # Ranks see different tokens under sequence parallelism; megatron-core adds their gradients if told so.
         self.weight.sequence_parallel = config.sequence_parallel
 
-    def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
-        """Normalize [..., H]."""
-        return _Normalize.apply(x_TH, self.weight, self.eps)
+    def forward(self, x_TH: torch.Tensor | None = None) -> torch.Tensor:
+        """Normalize [..., H]; without an input, the gain [H] for a kernel that normalizes.
+
+        The gain by a call, because DDP brings the parameters of a module up to date when it is called.
+        """
+        return self.weight if x_TH is None else _Normalize.apply(x_TH, self.weight, self.eps)
 
 
 class _Normalize(torch.autograd.Function):
@@ -69,8 +72,10 @@ class SubNorm(torch.nn.Module, ShardedParameters):
         """The gain lies along the split features."""
         return {"weight": ((0, self.groups.tp),)}
 
-    def forward(self, x_TF: torch.Tensor) -> torch.Tensor:
-        """Normalize [..., F]."""
+    def forward(self, x_TF: torch.Tensor | None = None) -> torch.Tensor:
+        """Normalize [..., F]; without an input, the gain [F], as ``RMSNorm`` does."""
+        if x_TF is None:
+            return self.weight
         return sub_norm(x_TF, self.weight, self.eps, self.num_groups, self.reduce_group)
 
 

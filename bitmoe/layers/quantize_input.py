@@ -70,7 +70,7 @@ def normalize_rows(x_TD: torch.Tensor, norm: RMSNorm, role: str, policy: QuantPo
         ``x_TD`` for the residual stream (use it, not the argument: both gradients then meet in one kernel), and the
         quantized normalized rows.
     """
-    residual_TD, *quantized = _NormQuantize.apply(x_TD, norm.weight, norm.eps, role, policy, False)
+    residual_TD, *quantized = _NormQuantize.apply(x_TD, norm(), norm.eps, role, policy, False)
     return residual_TD, Quantized(*quantized)
 
 
@@ -78,7 +78,7 @@ def normalize_rows_for_router(
     x_TD: torch.Tensor, norm: RMSNorm, role: str, policy: QuantPolicy
 ) -> tuple[torch.Tensor, torch.Tensor, Quantized]:
     """The same, with the normalized rows themselves, which a router multiplies, in second place."""
-    residual_TD, y_TD, *quantized = _NormQuantize.apply(x_TD, norm.weight, norm.eps, role, policy, True)
+    residual_TD, y_TD, *quantized = _NormQuantize.apply(x_TD, norm(), norm.eps, role, policy, True)
     return residual_TD, y_TD, Quantized(*quantized)
 
 

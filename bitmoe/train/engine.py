@@ -117,6 +117,11 @@ class MegatronEngine:
         if engine.overlap_param_gather:
             settings.param_sync_func = _one_or_all([chunk.start_param_sync for chunk in chunks])
 
+    def close(self) -> None:
+        """Let go of what would keep process groups from ending."""
+        if self._graphs is not None:
+            self._graphs.clear()
+
     @property
     def models(self) -> list[torch.nn.Module]:
         """The language model chunks inside their DDP wrappers."""

@@ -74,6 +74,11 @@ class MicroBatchGraphs:
         policy.codes_made()
         return loss.clone()
 
+    def clear(self) -> None:
+        """Forget what was recorded. NCCL's communicators cannot end while a graph holds one of their collectives."""
+        torch.cuda.synchronize()
+        self._graphs.clear()
+
     def _record(self) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
         graph = torch.cuda.CUDAGraph()
         # Only this thread's calls must be recordable: others may be loading data or saving a checkpoint.

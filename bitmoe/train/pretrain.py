@@ -65,6 +65,7 @@ def pretrain(config: Config) -> int:
             close_run(training)
         else:
             console.say(f"stopped by {stop.received or 'a signal to another rank'} after saving")
+    training.engine.close()
     leave()
     return DONE if finished else STOPPED
 

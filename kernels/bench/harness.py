@@ -143,15 +143,17 @@ def first_line(error: BaseException) -> str:
 
 
 def free() -> None:
-    """Give back the memory of what was timed before."""
+    """Give back the memory of what was timed before (hooks and parameters refer to each other), and count it anew."""
     gc.collect()
-    torch.cuda.empty_cache()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def machine() -> dict[str, str | None]:
     """GPU, versions and commit, for every line of results."""
     found = {"gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU", "torch": torch.__version__}
-    for package in ("triton", "torchao", "liger-kernel"):
+    for package in ("triton", "megatron-core", "transformers", "torchao", "liger-kernel"):
         with suppress(PackageNotFoundError):
             found[package] = version(package)
     return {**found, "commit": commit()}

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from bitmoe.config.schema import (
 )
 from bitmoe.quant.ternary_codes import CodeCache
 from bitmoe.testing.parity import first_step, loss_curve, make_engine, random_batches
+from bitmoe.train import engine
 
 EXPERTS = MoEConfig(num_experts=4, ffn_hidden_size=64, shared_expert_size=64)
 CONFIG = Config(
@@ -81,6 +83,25 @@ def test_overlapped_communication(model, gather, ranks):
     assert max(grad_distances(step, wanted).values()) < 1e-5
     # Codes made of parameters not gathered yet would show from the second step on.
     assert ranks(2).run(loss_curve, overlapped, 4)[0] == ranks(2).run(loss_curve, config, 4)[0]
+
+
+def loss_curve_of_small_buckets(config, steps):
+    """The same where DDP gathers parameters one by one, so that none arrives with another."""
+    original = engine.DistributedDataParallelConfig
+    engine.DistributedDataParallelConfig = partial(original, bucket_size=1)
+    try:
+        return loss_curve(config, steps)
+    finally:
+        engine.DistributedDataParallelConfig = original
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_parameter_is_gathered_before_it_is_read(model, ranks):
+    config = MODELS[model]
+    overlapped = replace(config, engine=EngineConfig(overlap_grad_reduce=True, overlap_param_gather=True))
+    wanted = ranks(2).run(loss_curve, config, 3)[0]
+    # Gradients of other buckets are added in another order.
+    assert ranks(2).run(loss_curve_of_small_buckets, overlapped, 3)[0] == pytest.approx(wanted, rel=1e-6)
 
 
 BALANCED = {

@@ -12,10 +12,10 @@ import measure
 import torch
 import torch.distributed as dist
 from layouts import LAYOUTS, Layout, Variant, make_config, variants
-from machine import free_memory, machine
 from trainer import Trainer
 from wire_bytes import counted_inputs
 
+from bench.harness import free, machine
 from bitmoe.config.schema import Config
 from bitmoe.parallel.process_groups import Groups, leave, make_groups, start
 from bitmoe.train.micro_batch_graphs import graphs_hold
@@ -39,7 +39,7 @@ def measure_layout(name: str, arguments: argparse.Namespace, out: Path) -> None:
 def _measure(layout: Layout, variant: Variant, groups: Groups, arguments: argparse.Namespace) -> dict:
     config = make_config(layout, variant, arguments)
     torch.manual_seed(config.run.seed)
-    free_memory()
+    free()
     trainer = bitmoe_trainer.build(config, groups)
     # Ranks of one tensor-parallel group share tokens; others have their own.
     own = replace(config, run=replace(config.run, seed=config.run.seed + groups.dp.rank()))
@@ -48,7 +48,7 @@ def _measure(layout: Layout, variant: Variant, groups: Groups, arguments: argpar
     row |= measure.time_steps(trainer, batches, arguments.warmup, arguments.steps)
     row["peak_bytes"] = torch.cuda.max_memory_allocated()
     del trainer
-    free_memory()
+    free()
     return _describe(layout, variant, config) | _joined(layout, config, row)
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import measure
 import torch
 from gpu_profile import record, report
-from machine import free_memory, machine
 from registry import SETTINGS, TRAINERS
 from trainer import Trainer
 
+from bench.harness import free, machine
 from bitmoe.config.compose import compose
 from bitmoe.config.errors import InputError
 from bitmoe.config.schema import Config
@@ -102,7 +102,7 @@ def _built(name: str, config: Config) -> Iterator[Trainer]:
 
 def _measure_speed(name: str, arguments: argparse.Namespace) -> dict:
     config = _config(name, arguments)
-    free_memory()
+    free()
     before = torch.cuda.memory_allocated()
     with _built(name, config) as trainer:
         row = measure.time_steps(trainer, measure.random_batches(config), arguments.warmup, arguments.steps)
@@ -120,7 +120,7 @@ def _measure_speed(name: str, arguments: argparse.Namespace) -> dict:
 
 def _measure_layer(name: str, arguments: argparse.Namespace) -> dict:
     config = _config(name, arguments, layers=1)
-    free_memory()
+    free()
     with _built(name, config) as trainer:
         row = measure.measure_layer(trainer.layer, config)
         del trainer

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from bitmoe_kernels.act_quant.triton_kernels import ROUNDING, float8_bytes
+from bitmoe_kernels.act_quant.triton_kernels import ROUNDING, float8_bytes, float8_numbers
 
 _TILE = 2048
 
@@ -73,14 +73,11 @@ def _places(num_tokens, NUM_FEATURES: tl.constexpr, BLOCK_TOKENS: tl.constexpr, 
 @triton.jit
 def _fields(codes, FORMAT: tl.constexpr, IS_FLOAT8: tl.constexpr):
     """The 4 bits, as int32, of codes that are int8 or the bytes of e4m3."""
-    bits = codes.to(tl.int32)
     if IS_FLOAT8:
-        # Exponent and mantissa of e4m3 where fp32 has its own: 2^-120 times the number, in the sum rounded to units.
-        number = (((bits & 0x7F) << 20) | (bits & -(2**31))).to(tl.float32, bitcast=True)
-        total = number * 2.0**120 + ROUNDING
-        integers = total.to(tl.int32, bitcast=True) - 0x4B400000
+        # The sum holds the number in its lowest bits.
+        integers = (float8_numbers(codes) + ROUNDING).to(tl.int32, bitcast=True) - 0x4B400000
     else:
-        integers = bits
+        integers = codes.to(tl.int32)
     if FORMAT == "int4":
         fields = integers & 15
     else:

@@ -138,7 +138,7 @@ def grouped_weight_grad(
     *,
     fast_accum: bool = True,
 ) -> torch.Tensor:
-    """Gradient of the experts' weights: dW = dY^T @ X with exact activation codes (README eq. 4 to 6).
+    """Gradient of the experts' weights: dW = dY^T @ X with exact activation codes (README eq. 5 and 6).
 
     Args:
         grad: from :func:`grouped_quantize_grad`, with the token scales of the activations.

@@ -83,7 +83,7 @@ def grouped_float8_outer(
     *,
     fast_accum: bool,
 ) -> torch.Tensor:
-    """Contract each expert's padded rows (README eq. 5): bf16 [E, O, I], zeros for experts without rows.
+    """Contract each expert's padded rows (README eq. 6): bf16 [E, O, I], zeros for experts without rows.
 
     Args:
         a_OP: e4m3 [O, P].

@@ -264,7 +264,7 @@ def grouped_outer(
     tile: dict | None = None,
     programs_per_processor: int = 1,
 ) -> None:
-    """README eq. 5: contract each expert's padded rows of e4m3 codes; all tensors contiguous.
+    """README eq. 6: contract each expert's padded rows of e4m3 codes; all tensors contiguous.
 
     ``tile`` and ``programs_per_processor`` are for measurements and tests.
     """
