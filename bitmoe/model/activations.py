@@ -98,36 +98,27 @@ class Activations:
     def _column_temporaries(self, rows: int, outputs: int, experts: int = 0) -> int:
         hidden = self.config.model.hidden_size
         weights = max(1, experts) * hidden * outputs
-        return self._gradients(rows * hidden, rows * outputs, weights, groups=1, is_column=True, is_routed=experts > 0)
+        return self._gradients(rows * hidden, rows * outputs, weights, is_column=True)
 
     def _row_temporaries(self, rows: int, features: int, ranks: int, experts: int = 0) -> int:
         hidden, groups = self.config.model.hidden_size, self._groups(ranks)
         sizes = (rows * features, rows * hidden, max(1, experts) * hidden * features)
-        backward = self._gradients(*sizes, groups, is_column=False, is_routed=experts > 0)
+        backward = self._gradients(*sizes, is_column=False)
         # Sums of codes, times the one scale, times the other; bf16 adds whole groups in the product's own kernel.
         is_exact = groups > 1 and (self.element == FP32 or self.config.run.deterministic)
         is_summed = self._is_ternary and (is_exact or not self._holds_groups(ranks))
         return max(backward, 3 * FP32 * rows * hidden if is_summed else 0)
 
-    def _gradients(self, x: int, y: int, w: int, groups: int, is_column: bool, is_routed: bool) -> int:
+    def _gradients(self, x: int, y: int, w: int, is_column: bool) -> int:
         """Bytes of a product's backward pass, given the numbers of elements of its input, output and weights."""
         element = self.element
         if not self._is_ternary:
             return element * (x + y + w)
-        # Scales multiply in fp32, then the result is rounded.
-        scaling = element + (FP32 if element != FP32 else 0)
-        if self.config.quant.backward is BackwardFormat["8bit"]:
-            # dY and its codes, for a product in 8 bits.
-            for_dx = element * (x + y) + y
-        else:
-            # dY and codes as dX needs them; scales are on dY, or on dX; those of experts' outputs once a row.
-            for_dx = element * (y + w) + (scaling * y if is_column else (element + scaling) * x)
-            for_dx += FP32 * y if is_routed and is_column else 0
-        # Then dX stays, dW needs the input's codes and, group by group, dY with scales; the parts are put together.
-        # That is of INT8 inputs or the bf16 backward: 4-bit inputs' dW in 8 bits takes less.
-        former_groups, parts = element * w * (groups - 1) // groups, 2 * element * w if groups > 1 else 0
-        for_dw = element * (2 * x + y) + max(scaling * y + former_groups, element * (y + w), parts)
-        return max(for_dx, for_dw)
+        if self.config.quant.backward is BackwardFormat.bf16:
+            # dY, dX, then the dequantized input and dW; the dequantized weights are gone by then.
+            return element * (2 * x + y + w)
+        # dY and its codes make dX. For dW codes of 4-bit inputs and of dY are transposed, INT8 inputs dequantized.
+        return element * (x + y + w) + (2 * y + x if is_column else element * x)
 
     @property
     def _is_ternary(self) -> bool:

@@ -170,8 +170,8 @@ def explode(arguments: list[str]) -> str:
     from bitmoe.train.engine import MegatronEngine
 
     class Exploding(MegatronEngine):
-        def compute_gradients(self, get_batch, whole=False):
-            loss = super().compute_gradients(get_batch, whole)
+        def _add_up_gradients(self, get_batch, whole=False):
+            loss = super()._add_up_gradients(get_batch, whole)
             next(self.chunks[0].parameters()).main_grad.fill_(float("inf"))
             return loss
 
