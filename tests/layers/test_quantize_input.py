@@ -66,11 +66,21 @@ def values(quantized):
     return (codes.unflatten(-1, (scale.shape[-1], -1)) * scale.unsqueeze(-1)).flatten(-2)
 
 
+class Norm(torch.nn.Module):
+    """What is asked of RMSNorm, which itself needs megatron-core's device: eps, weight, and the weight by a call."""
+
+    eps = EPS
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = torch.nn.Parameter(weight)
+
+    def forward(self):
+        return self.weight
+
+
 def make_norm(gain, dtype=torch.float64):
-    """A module with the weight and eps of RMSNorm, which itself needs megatron-core's device."""
-    norm = torch.nn.RMSNorm(len(gain), EPS, dtype=dtype)
-    norm.weight.data.copy_(gain)
-    return norm
+    return Norm(gain.to(dtype, copy=True))
 
 
 def assert_agrees(quantized, wanted, got_leaves, wanted_leaves):
