@@ -99,7 +99,7 @@ def draw(name: str, records: list[dict[str, Any]], config: dict[str, Any] | None
     last = max(record["step"] for record in records)
     events = [(step, label) for step, label in _events(records, config) if step <= last]
     for axis in axes:
-        _finish(axis, last)
+        finish_axis(axis, last)
         for step, _ in events:
             axis.axvline(step, color=_GRAY, linewidth=1, linestyle=":", zorder=1)
     for axis in axes[-2:] if panels else axes:
@@ -192,7 +192,8 @@ def _scale(axis: Axes, panel: _Panel, positive: bool) -> None:
         axis.set_ylim(*panel.bounds)
 
 
-def _finish(axis: Axes, last: int) -> None:
+def finish_axis(axis: Axes, last: int) -> None:
+    """Steps from 0 to ``last`` below, faint lines across, no frame."""
     axis.set_xlim(0, 1.01 * last)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7, steps=[1, 2, 5, 10]))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))

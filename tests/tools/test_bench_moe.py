@@ -82,9 +82,7 @@ def test_routing():
 def test_rows_and_ratios(capsys):
     moe_runs = tool("moe_runs")
     timed = {"eager": ("bf16", 3.0, "graph"), "compiled": ("bf16", 2.0, "graph"), "8-bit": ("ours", 1.0, "events")}
-    rows = [
-        moe_runs.print_row(SMALL, name, kind, moe_runs.Timing(ms, how)) for name, (kind, ms, how) in timed.items()
-    ]
+    rows = [moe_runs.print_row(SMALL, name, kind, moe_runs.Timing(ms, how)) for name, (kind, ms, how) in timed.items()]
     assert [(row["name"], row["kind"], row["ms"], row["how"]) for row in rows] == [
         ("eager", "bf16", 3.0, "graph"),
         ("compiled", "bf16", 2.0, "graph"),

@@ -29,6 +29,7 @@ from table import HEAD, LEGEND, different_losses, line  # noqa: E402
 from bitmoe.config.errors import InputError  # noqa: E402
 from bitmoe.train.launcher import launch  # noqa: E402
 from bitmoe.train.quiet import quiet_libraries  # noqa: E402
+from bitmoe.train.run_dir import replace_file  # noqa: E402
 
 
 def main() -> int:
@@ -63,7 +64,7 @@ def _run(arguments: argparse.Namespace) -> int:
             failed.append(name)
             print(f"{name:9}failed with status {status}", flush=True)
         if arguments.json:
-            arguments.json.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            replace_file(arguments.json, "".join(json.dumps(row) + "\n" for row in rows).encode())
     print(LEGEND)
     wrong = different_losses(rows)
     print(*(f"WRONG: {text}" for text in wrong), *map(json.dumps, rows), sep="\n", flush=True)

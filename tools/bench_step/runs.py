@@ -3,7 +3,6 @@
 import argparse
 import json
 import math
-import os
 import sys
 import traceback
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from bitmoe.config.errors import InputError
 from bitmoe.config.schema import Config
 from bitmoe.config.validate import validate
 from bitmoe.parallel.alone import alone
+from bitmoe.train.run_dir import replace_file
 
 PROFILED_STEPS = 3
 
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"{name:22} failed: {row['error']}", flush=True)
         result["rows"].append({"trainer": name, "what": TRAINERS[name].what, **row})
         if arguments.json:
-            _write(arguments.json, result)
+            replace_file(arguments.json, json.dumps(result).encode())
     print(json.dumps(result))
     return int(any("error" in row for row in result["rows"]))
 
@@ -149,12 +149,3 @@ def _header(mode: str) -> str:
     if mode == "layer":
         return f"{'trainer':22}{'ms/layer':>9}{'TFLOP/s':>10}{'MiB a layer':>13}{'bytes a token':>15}  {'timed by':8}"
     return ""
-
-
-def _write(path: Path, result: dict) -> None:
-    new = path.with_name(f".{path.name}.new")
-    with new.open("w", encoding="utf-8") as file:
-        json.dump(result, file)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)

@@ -11,12 +11,13 @@ from curve_runs import BASE, BF16, EIGHT_BIT, SECOND_SEED
 from curves import TOLERANCE, Comparison, Line, comparisons, model_title
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter
 from pack import Curve
 
 from bitmoe.config.errors import InputError
 from bitmoe.config.schema import OptimConfig, Schedule
 from bitmoe.quant.bit_schedule import first_step
+from bitmoe.train.plot import finish_axis
 from bitmoe.train.schedule import switch_step
 
 _INK, _GRAY = "#222222", "#777777"
@@ -88,13 +89,7 @@ def _draw_differences(axis: Axes, rows: Sequence[Comparison]) -> None:
 def _finish(axis: Axes, rows: Sequence[Comparison], low: float, high: float) -> None:
     margin = 0.05 * (high - low) or 0.1
     axis.set_ylim(low - margin, high + margin)
-    axis.set_xlim(0, 1.01 * max(row.last_step for row in rows))
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, steps=[1, 2, 5, 10]))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    axis.grid(axis="y", color="#e6e6e6", linewidth=0.8)
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.tick_params(labelsize=8.5, colors=_INK)
+    finish_axis(axis, max(row.last_step for row in rows))
 
 
 def _label_ends(axis: Axes, ends: list[tuple[float, str, str]]) -> None:

@@ -10,6 +10,8 @@ from curve_runs import BASE, EIGHT_BIT, SECOND_SEED
 from curves import LAST_STEPS, TOLERANCE, Comparison, Line, comparisons, model_title, parameter_counts
 from pack import Curve
 
+from bitmoe.train.run_dir import replace_file
+
 POINTS = 100
 _ESSENTIALS = (
     "model.num_layers", "model.hidden_size", "model.ffn_hidden_size", "model.num_attention_heads",
@@ -64,7 +66,7 @@ def _distance_text(distances: list[float]) -> str:
 def write_summaries(path: Path, curves: list[Curve]) -> None:
     """One line of JSON for each run that has a loss."""
     rows = [row for model in comparisons(curves).values() for row in model]
-    path.write_text("".join(json.dumps(_summary(row)) + "\n" for row in rows))
+    replace_file(path, "".join(json.dumps(_summary(row)) + "\n" for row in rows).encode())
 
 
 def _summary(row: Comparison) -> dict[str, Any]:
