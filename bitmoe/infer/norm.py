@@ -1,13 +1,15 @@
 """Norms: RMSNorm of the residual stream, and the sub-norm in front of o and down (BitNet's SubLN).
 
-Both compute in fp32 and round to the model's dtype as the training layers do. Mean squares are taken in fp64, those of
-the sub-norm per quantization group: the model promises one value however it is split.
+Both compute in fp32 and round to the model's dtype as the training layers do, bit for bit; the sub-norm's mean squares
+are those of each quantization group.
 """
 
 # Shapes: T = tokens (any leading dims), H = hidden, I = features, G = groups of i = I / G features, E = experts.
 
 import torch
 from torch import nn
+
+from bitmoe_kernels.act_quant import wide_sum
 
 
 class BitmoeRMSNorm(nn.Module):
@@ -20,8 +22,7 @@ class BitmoeRMSNorm(nn.Module):
 
     def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
         x32_TH = x_TH.float()
-        rstd_T1 = torch.rsqrt(x32_TH.square().mean(-1, keepdim=True, dtype=torch.float64) + self.eps).float()
-        return (x32_TH * rstd_T1 * self.weight).to(x_TH.dtype)
+        return (x32_TH * _rstd(x32_TH, self.eps) * self.weight).to(x_TH.dtype)
 
 
 class BitmoeSubNorm(nn.Module):
@@ -42,6 +43,10 @@ class BitmoeSubNorm(nn.Module):
         """Normalize [T, I]; with ``expert`` a tensor [R], [R, T, I] with the gain of expert R."""
         gain_I = self.weight if expert is None else self.weight[expert]
         x_TGi = x_TI.float().unflatten(-1, (self.groups, -1))
-        mean_square_TG1 = x_TGi.square().mean(-1, keepdim=True, dtype=torch.float64)
-        unit_TI = (x_TGi * torch.rsqrt(mean_square_TG1 + self.eps).float()).flatten(-2).to(x_TI.dtype)
+        unit_TI = (x_TGi * _rstd(x_TGi, self.eps)).flatten(-2).to(x_TI.dtype)
         return (unit_TI * (gain_I if gain_I.dim() == 1 else gain_I.unsqueeze(-2))).to(x_TI.dtype)
+
+
+def _rstd(x_TI: torch.Tensor, eps: float) -> torch.Tensor:
+    """1 / rms over the last dimension, fp32 [T, 1]."""
+    return torch.rsqrt(wide_sum(x_TI.square()) * (1 / x_TI.shape[-1]) + eps).float()

@@ -2,8 +2,8 @@
 
 The residual stream's norm sees whole rows. The sub-norm (BitNet's SubLN) sees features split over tensor-parallel
 ranks: its statistics are taken per quantization group, so a rank that owns whole groups needs no communication; the
-one group of G = 1 is reduced over the ranks. Sums of squares are taken in fp64 and rounded once, so that the
-statistics, and the codes made from them, do not depend on the layout.
+one group of G = 1 is reduced over the ranks. Squares are added as ``wide_sum`` adds and their sum is rounded once, so
+that the statistics, and the codes made from them, do not depend on the layout.
 """
 
 import torch
@@ -12,6 +12,7 @@ import torch.distributed as dist
 from bitmoe.layers.context import LayerContext
 from bitmoe.layers.sharding import ShardedParameters, mark_tensor_parallel
 from bitmoe.quant.policy import split_groups
+from bitmoe_kernels.act_quant import NEIGHBOURS, wide_sum
 from bitmoe_kernels.norm_quant import rms_norm, rms_norm_backward
 
 # Shapes: T = tokens (any leading dims), H = hidden, F = features on this rank, G = groups on this rank.
@@ -109,8 +110,7 @@ class _SubNormalize(torch.autograd.Function):
         x_TGF = _compute(x_TF).unflatten(-1, (num_groups, -1))
         num_ranks = 1 if reduce_group is None else reduce_group.size()
         count = x_TGF.shape[-1] * num_ranks
-        square_TG1 = _row_sum(x_TGF * x_TGF, reduce_group)
-        rstd_TG1 = torch.rsqrt(square_TG1 / count + eps).to(x_TGF.dtype)
+        rstd_TG1 = torch.rsqrt(_square_sum(x_TGF, reduce_group) * (1 / count) + eps).to(x_TGF.dtype)
         ctx.save_for_backward(x_TF, rstd_TG1)
         ctx.count, ctx.reduce_group = count, reduce_group
         return (x_TGF * rstd_TG1).flatten(-2).to(x_TF.dtype)
@@ -127,6 +127,20 @@ class _SubNormalize(torch.autograd.Function):
 
 def _compute(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype == torch.float64 else x.float()
+
+
+def _square_sum(x_TGF: torch.Tensor, reduce_group: dist.ProcessGroup | None) -> torch.Tensor:
+    """Sums of squares of whole groups, fp64 [T, G, 1], the same on all ranks that hold parts of them."""
+    if reduce_group is None:
+        return wide_sum(x_TGF.square())
+    if x_TGF.shape[-1] % NEIGHBOURS:
+        # Neighbours are on two ranks.
+        parts = [torch.empty_like(x_TGF) for _ in range(reduce_group.size())]
+        dist.all_gather(parts, x_TGF.contiguous(), group=reduce_group)
+        return wide_sum(torch.cat(parts, dim=-1).square())
+    sum_TG1 = wide_sum(x_TGF.square())
+    dist.all_reduce(sum_TG1, group=reduce_group)
+    return sum_TG1
 
 
 def _row_sum(x_TGF: torch.Tensor, reduce_group: dist.ProcessGroup | None) -> torch.Tensor:

@@ -262,14 +262,16 @@ def test_reference_marks_a_nonfinite_token_by_a_nan_scale(reference, bad):
     assert torch.equal(scale[[0, 2]], scale_clean[[0, 2]])
 
 
-def test_int4_mean_is_summed_in_fp64():
-    """The sum may pass the largest fp32; an fp32 sum would lose every 1 beside 2^25. An fp64 sum may overflow."""
-    codes, scale = quantize_int4(torch.full((1, 8), 3e38))
-    assert codes.tolist() == [[3] * 8]
-    assert scale.item() == pytest.approx(3e38 / math.sqrt(7), rel=1e-6)
+def test_int4_mean_is_summed_in_fp64_but_for_neighbours():
+    """The sum may pass the largest fp32, that of four neighbours may not; these lose 3 ones beside 2^25, not all."""
+    codes, scale = quantize_int4(torch.full((1, 80), 8e37))
+    assert codes.tolist() == [[3] * 80]
+    assert scale.item() == pytest.approx(8e37 / math.sqrt(7), rel=1e-6)
+    with pytest.raises(ValueError, match="scale overflows"):
+        quantize_int4(torch.full((1, 80), 9e37))
     x_TD = torch.ones(1, 4096)
     x_TD[0, 0] = 2.0**25
-    expected = torch.tensor((2.0**25 + 4095) / 4096) / torch.tensor(math.sqrt(7))
+    expected = torch.tensor((2.0**25 + 4092) / 4096) / torch.tensor(math.sqrt(7))
     assert quantize_int4(x_TD)[1].item() == expected.item()
     with pytest.raises(ValueError, match="scale overflows"):
         quantize_int4(torch.full((1, 8), 1e308, dtype=torch.float64))

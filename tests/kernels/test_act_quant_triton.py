@@ -97,7 +97,7 @@ def test_dequantize_multiplies_codes_and_scales_in_the_dtype_of_the_scales():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_all_fractions_of_16_bit_numbers(kernels, triton_device, num_format, dtype):
     """Every fraction at every size that rounds to a code other than 0, under the scales of 300 rows, half of them with
-    exact ties: for these types the quotient is not divided in full.
+    exact ties.
     """
     bits = 7 if dtype == torch.bfloat16 else 10
     fractions = 1 + torch.arange(2**bits) / 2**bits

@@ -7,8 +7,7 @@ Tiling    a tile holds whole rows in registers, 64 elements a thread, so that ma
           rows of up to 2048 elements take one warp and no barrier, 32768 take 16. Groups are rows: [T, G * d] is
           [T * G, d]. The row length is a constant of the compiled kernel: rows divisible by 8 get 16-byte loads, and
           most of a tile past the end of a row costs nothing.
-Numerics  fp32; the sum of INT4's absmean fp64, as in the reference. Codes are those of the correctly rounded quotient
-          x / scale (`row_codes` says how it is avoided).
+Numerics  the operations of the reference, one by one: multiplications are not fused with additions.
 Not here  fp64 input, argument checks and dispatch (op.py).
 """
 
@@ -20,13 +19,12 @@ import torch
 import triton
 import triton.language as tl
 
-from bitmoe_kernels.act_quant.reference import MIN_MAGNITUDE
+from bitmoe_kernels.act_quant.reference import MIN_MAGNITUDE, NEIGHBOURS
 
 # Adding 1.5 * 2^23 to a float below 2^22 leaves it rounded, half to even, in the low bits of the sum.
 ROUNDING = tl.constexpr(1.5 * 2**23)
-# Ratios are computed times this power of 2, so that the low part of a reciprocal keeps its bits for the largest scales.
-_UNIT = tl.constexpr(2.0**32)
 _MIN_MAGNITUDE = tl.constexpr(MIN_MAGNITUDE)
+_LEVELS_OF_NEIGHBOURS = tl.constexpr(NEIGHBOURS.bit_length() - 1)
 IS_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 FORMAT_LEVELS = {"int4": math.sqrt(7), "int8": 127.0, "fp4": 12.0}
 
@@ -69,6 +67,7 @@ def quantize_triton(
                 num_format,
                 FORMAT_LEVELS[num_format],
                 code_dtype == torch.float8_e4m3fn,
+                enable_fp_fusion=False,
                 **tile,
             )
     return codes_TD.view(code_dtype), scale_TG
@@ -83,7 +82,7 @@ def int8_codes_triton(x_TD: torch.Tensor, scale_TG: torch.Tensor) -> torch.Tenso
         tile = row_tile(num_features)
         with torch.cuda.device_of(x_TD):
             _int8_codes_kernel[(triton.cdiv(num_rows, tile["BLOCK_ROWS"]),)](
-                x_TD, scale_TG, codes_TD, num_rows, num_features, **tile
+                x_TD, scale_TG, codes_TD, num_rows, num_features, enable_fp_fusion=False, **tile
             )
     return codes_TD
 
@@ -157,15 +156,41 @@ def round_to(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def neighbour_sums(x):
+    """Sums of NEIGHBOURS, fp64 [BR, BF / NEIGHBOURS], of fp32 [BR, BF], added as ``wide_sum`` adds them.
+
+    A conversion to fp64 takes as long as 8 additions (sm_90): neighbours, which one thread holds, share one.
+    """
+    for _ in tl.static_range(_LEVELS_OF_NEIGHBOURS):
+        if x.shape[1] > 1:
+            even, odd = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
+            x = even + odd
+    return x.to(tl.float64)
+
+
+@triton.jit
+def row_means(sums, NUM_FEATURES: tl.constexpr):
+    """Means fp64 [BR] of sums fp64."""
+    # Not a product with a Python number, which Triton rounds to fp32.
+    return sums * tl.full(sums.shape, 1 / NUM_FEATURES, tl.float64)
+
+
+@triton.jit
 def row_scales(x, NUM_FEATURES: tl.constexpr, FORMAT: tl.constexpr, LEVELS: tl.constexpr):
     """Scale [BR] of rows [BR, BF] that are 0 past their end; NaN where a row is not finite."""
     x = to_float32(x)
     if FORMAT == "int4":
-        magnitude = (tl.sum(tl.abs(x).to(tl.float64), axis=1) / NUM_FEATURES).to(tl.float32)
+        magnitude = row_means(tl.sum(neighbour_sums(tl.abs(x)), axis=1), NUM_FEATURES).to(tl.float32)
     else:
         # As integers, magnitudes keep their order and NaN is above Inf: unlike a float maximum, it is not lost.
         bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
         magnitude = tl.max(bits, axis=1).to(tl.float32, bitcast=True)
+    return scales_of(magnitude, LEVELS)
+
+
+@triton.jit
+def scales_of(magnitude, LEVELS: tl.constexpr):
+    """Scale [BR] of rows whose mean or largest magnitude is given; NaN where that is not finite."""
     scale = tl.div_rn(tl.maximum(magnitude, _MIN_MAGNITUDE), tl.full(magnitude.shape, LEVELS, tl.float32))
     return tl.where(magnitude < float("inf"), scale, float("nan"))
 
@@ -179,54 +204,32 @@ def round_to_int8(ratio):
 @triton.jit
 def row_codes(x, scale, FORMAT: tl.constexpr):
     """Codes int8 of rows [BR, BF] under their own scales [BR]; 0 where the scale is NaN."""
-    return tl.where((scale == scale)[:, None], finite_row_codes(x, scale, FORMAT, False, None), 0)
+    return tl.where((scale == scale)[:, None], finite_row_codes(x, scale, FORMAT, False), 0)
 
 
 @triton.jit
-def finite_row_codes(x, scale, FORMAT: tl.constexpr, IS_FLOAT8: tl.constexpr, NUM_FEATURES: tl.constexpr):
-    """The same where no scale is NaN, else without meaning; if ``IS_FLOAT8``, the bytes of e4m3 codes.
-
-    ``NUM_FEATURES`` is the length of the rows, or None if it is not known.
-    """
-    ratio = _row_ratios(x, scale)
+def finite_row_codes(x, scale, FORMAT: tl.constexpr, IS_FLOAT8: tl.constexpr):
+    """The same where no scale is NaN, else without meaning; if ``IS_FLOAT8``, the bytes of e4m3 codes."""
+    ratio = to_float32(x) * _reciprocal(scale)[:, None]
     if FORMAT == "fp4":
         # Spacing of twice the E2M1 grid: 1 below 4, 2 below 8, then 4. Rounding to it, as to 1 below.
         size = tl.abs(ratio)
-        rounding = tl.where(size < 4 * _UNIT, _UNIT, tl.where(size < 8 * _UNIT, 2 * _UNIT, 4 * _UNIT)) * ROUNDING
+        rounding = tl.where(size < 4, 1.0, tl.where(size < 8, 2.0, 4.0)) * ROUNDING
         ratio = (ratio + rounding) - rounding
-    # For int8 the largest ratio is 127 and a rounding error: nothing to clip. For int4 it is sqrt(7) * NUM_FEATURES:
-    # codes of short rows fit into 16 bits, where two are clipped at a time.
-    is_short: tl.constexpr = NUM_FEATURES is not None and NUM_FEATURES <= 12000
-    clips_pairs: tl.constexpr = is_short and not IS_FLOAT8 and not IS_INTERPRETED
-    if FORMAT == "int4" and not clips_pairs:
-        ratio = tl.minimum(tl.maximum(ratio, -8 * _UNIT), 7 * _UNIT)
-    rounded = ratio + ROUNDING * _UNIT
+    elif FORMAT == "int4":
+        # The largest ratio of int8 is 127 and a rounding error: there is nothing to clip.
+        ratio = tl.minimum(tl.maximum(ratio, -8.0), 7.0)
+    rounded = ratio + ROUNDING
     if IS_FLOAT8:
-        # Exact: the codes of the ratios, as numbers.
-        codes = float8_bytes(_fma(rounded, tl.full(x.shape, 1 / _UNIT, tl.float32), -ROUNDING))
-    elif FORMAT == "int4" and clips_pairs:
-        codes = tl.inline_asm_elementwise(
-            """{
-            .reg .b32 low, high, least, largest;
-            mov.b32 least, 0xfff8fff8;
-            mov.b32 largest, 0x00070007;
-            prmt.b32 low, $1, $2, 0x5410;
-            prmt.b32 high, $3, $4, 0x5410;
-            min.s16x2 low, low, largest;
-            min.s16x2 high, high, largest;
-            max.s16x2 low, low, least;
-            max.s16x2 high, high, least;
-            prmt.b32 $0, low, high, 0x6420;
-            }""",
-            "=r,r,r,r,r",
-            [rounded],
-            dtype=tl.int8,
-            is_pure=True,
-            pack=4,
-        )
+        return float8_bytes(rounded - ROUNDING)
     else:
-        codes = rounded.to(tl.int32, bitcast=True).to(tl.int8)
-    return codes
+        return rounded.to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@triton.jit
+def _reciprocal(scale):
+    """1 / scale, correctly rounded."""
+    return tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
 
 
 @triton.jit
@@ -273,42 +276,6 @@ def store_row_codes(ptrs, codes, scale, mask):
 
 
 @triton.jit
-def _row_ratios(x, scale):
-    """_UNIT * x / scale, fp32 [BR, BF], of rows [BR, BF] under their own scales [BR], as row_scales gives them.
-
-    Correctly rounded for fp32. For bf16 and fp16 two instructions give a result that may be wrong by a bit, but falls
-    on the same side of each tie h of two codes as the correctly rounded quotient, or on h where that does: the code
-    is the same.
-
-    Why. high + low is the reciprocal to 48 bits, so the sum misses x / scale by less than 2^-21 steps of floats beside
-    h before it is rounded. It is rounded otherwise only if a midpoint of two floats lies between, and only those beside
-    h matter: m = h +- u, where u is half a step. Let h = H * 2^j * u, H odd; then 2^24 <= H * 2^j < 2^25 and j >= 17.
-    Let S be the integer of 24 bits in ``scale``, and count x in units of u * scale / S: x = (H * 2^j +- 1) * S + t with
-    |t| < 2^4. As x, of 11 bits, is a multiple of 2^j, S = A * 2^j -+ t for some A, 0 < A <= 2^(24 - j) <= H, and
-    x = H * A * 2^(2 j) -+ (H * t - A) * 2^j. As x is also a multiple of some power of 2 above 2^(j + 11) * H, and
-    |H * t - A| is below both 2^11 * H and 2^j, H * t = A <= H. So t = 1 and A = H = 2^(24 - j), which is odd for
-    h = 1/2 only: then S = 2^24 - 1, x is a power of 2, and the sum is x * high, correctly rounded, because low is (and
-    so is less than half a step of high).
-    """
-    if x.dtype == tl.float32:
-        return tl.div_rn(x, tl.broadcast_to((scale * (1 / _UNIT))[:, None], x.shape))
-    unit = tl.full(scale.shape, _UNIT, tl.float32)
-    high = tl.div_rn(unit, scale)
-    low = tl.div_rn(_fma(-scale, high, unit), scale)
-    x = to_float32(x)
-    return _fma(x, tl.broadcast_to(high[:, None], x.shape), x * low[:, None])
-
-
-@triton.jit
-def _fma(x, y, z):
-    """x * y + z in fp32, rounded once."""
-    if IS_INTERPRETED:
-        # Triton's interpreter rounds the product too. In fp64 it is exact.
-        return (x.to(tl.float64) * y.to(tl.float64) + z).to(tl.float32)
-    return tl.fma(x, y, z)
-
-
-@triton.jit
 def _act_quant_kernel(
     x_ptr,
     codes_ptr,
@@ -325,7 +292,7 @@ def _act_quant_kernel(
     x = tl.load(x_ptr + offs, mask=mask, other=0.0)
     scale = row_scales(x, NUM_FEATURES, FORMAT, LEVELS)
     tl.store(scale_ptr + rows, scale, mask=mask_rows)
-    store_row_codes(codes_ptr + offs, finite_row_codes(x, scale, FORMAT, IS_FLOAT8, NUM_FEATURES), scale, mask)
+    store_row_codes(codes_ptr + offs, finite_row_codes(x, scale, FORMAT, IS_FLOAT8), scale, mask)
 
 
 @triton.jit
@@ -341,8 +308,7 @@ def _int8_codes_kernel(
     rows, mask_rows, offs, mask = tile_offsets(num_rows, NUM_FEATURES, BLOCK_ROWS, BLOCK_FEATURES)
     x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     scale = tl.load(scale_ptr + rows, mask=mask_rows, other=1.0)
-    # Given scales may be of any size: the quotient is divided in full.
-    ratio = tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))
+    ratio = x * _reciprocal(scale)[:, None]
     codes = round_to_int8(tl.minimum(tl.maximum(ratio, -128.0), 127.0))
     tl.store(codes_ptr + offs, tl.where(ratio == ratio, codes, 0), mask=mask)
 

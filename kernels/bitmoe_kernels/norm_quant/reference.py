@@ -12,6 +12,7 @@ from bitmoe_kernels.act_quant.reference import (
     quantize_fp4_reference,
     quantize_int4_reference,
     quantize_int8_reference,
+    wide_sum,
 )
 from bitmoe_kernels.sparsify.reference import topk_mask_reference
 
@@ -76,9 +77,7 @@ def norm_backward_reference(
 def _rstd(x_TD: torch.Tensor, eps: float) -> torch.Tensor:
     """Equation 1 over the last dimension, [T, 1]."""
     x_TD = _to_compute_dtype(x_TD)
-    sum_T1 = x_TD.square().sum(dim=-1, keepdim=True, dtype=torch.float64)
-    # A tensor as divisor: CUDA turns division by a Python number into a product with its rounded reciprocal.
-    return torch.rsqrt(sum_T1 / torch.full_like(sum_T1, x_TD.shape[-1]) + eps).to(x_TD.dtype)
+    return torch.rsqrt(wide_sum(x_TD.square()) * (1 / x_TD.shape[-1]) + eps).to(x_TD.dtype)
 
 
 def _to_compute_dtype(x: torch.Tensor) -> torch.Tensor:

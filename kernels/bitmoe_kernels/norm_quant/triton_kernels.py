@@ -1,8 +1,7 @@
 """RMSNorm or sub-norm, quantization and top-K in one read of x and one write of codes; and the norms' backward.
 
-What      README eq. 1-7. Codes, scale, rstd and y equal reference.py bit for bit: sums are fp64 and rounded once, every
-          other step is the correctly rounded operation of the reference, or one proven to give the same code. The
-          backward pass computes in fp32 and rounds dx once.
+What      README eq. 1-7. Codes, scale, rstd and y equal reference.py bit for bit: the forward takes its operations one
+          by one. The backward pass computes in fp32 and rounds dx once.
 Contract  bf16, fp16 or fp32 tensors, mixed as they come; any sizes; inputs are made contiguous.
 Tiling    whole rows (groups) in registers, as in act_quant: 3 bytes an element for bf16. Backward, a program stays with
           its group of features and takes tiles of tokens one after the other, adding its share of dgain in registers;
@@ -20,7 +19,9 @@ import triton.language as tl
 from bitmoe_kernels.act_quant.triton_kernels import (
     FORMAT_LEVELS,
     finite_row_codes,
+    neighbour_sums,
     round_to,
+    row_means,
     row_scales,
     row_tile,
     store_row_codes,
@@ -76,6 +77,7 @@ def norm_quantize_triton(
                 num_format,
                 FORMAT_LEVELS[num_format],
                 code_dtype == torch.float8_e4m3fn,
+                enable_fp_fusion=False,
                 **tile,
             )
     result = codes_TD.view(code_dtype), scale_TG, rstd_TG
@@ -91,7 +93,15 @@ def rms_norm_triton(x_TD: torch.Tensor, gain_D: torch.Tensor, eps: float) -> tup
         tile = row_tile(max(2, x_TD.shape[-1]), _ELEMENTS_PER_THREAD)
         with torch.cuda.device_of(x_TD):
             _rms_norm_fwd_kernel[(triton.cdiv(num_rows, tile["BLOCK_ROWS"]),)](
-                x_TD, gain_D.contiguous(), y_TD, rstd_T1, num_rows, eps, x_TD.shape[-1], **tile
+                x_TD,
+                gain_D.contiguous(),
+                y_TD,
+                rstd_T1,
+                num_rows,
+                eps,
+                x_TD.shape[-1],
+                enable_fp_fusion=False,
+                **tile,
             )
     return y_TD, rstd_T1
 
@@ -160,17 +170,16 @@ def _norm_quant_fwd_kernel(
     BLOCK_FEATURES: tl.constexpr,
 ):
     rows, mask_rows, offs, mask = tile_offsets(num_rows, NUM_FEATURES, BLOCK_ROWS, BLOCK_FEATURES)
-    x_ptrs = x_ptr + offs
     gain = _row_gains(gain_ptr, rows, NUM_FEATURES, NUM_GROUPS, BLOCK_FEATURES)
-    x = tl.load(x_ptrs, mask=mask, other=0.0)
-    rstd = _row_rstd(x, x_ptrs, mask, EPS, NUM_FEATURES)
+    x = tl.load(x_ptr + offs, mask=mask, other=0.0)
+    rstd = _row_rstd(x, EPS, NUM_FEATURES)
     tl.store(rstd_ptr + rows, rstd, mask=mask_rows)
     y = _normalized(x, rstd, gain, IS_SUB_NORM)
     if y_ptr is not None:
         tl.store(y_ptr + offs, y, mask=mask)
     scale = row_scales(y, NUM_FEATURES, FORMAT, LEVELS)
     tl.store(scale_ptr + rows, scale, mask=mask_rows)
-    codes = finite_row_codes(y, scale, FORMAT, IS_FLOAT8, NUM_FEATURES)
+    codes = finite_row_codes(y, scale, FORMAT, IS_FLOAT8)
     if IS_SPARSE:
         if y.dtype == tl.float32:
             is_kept = topk_rows(y.to(tl.int32, bitcast=True) & 0x7FFFFFFF, num_kept, NUM_FEATURES, 31)
@@ -195,7 +204,7 @@ def _rms_norm_fwd_kernel(
     rows, mask_rows, offs, mask = tile_offsets(num_rows, NUM_FEATURES, BLOCK_ROWS, BLOCK_FEATURES)
     gain = _row_gains(gain_ptr, rows, NUM_FEATURES, 1, BLOCK_FEATURES)
     x = tl.load(x_ptr + offs, mask=mask, other=0.0)
-    rstd = _row_rstd(x, x_ptr + offs, mask, EPS, NUM_FEATURES)
+    rstd = _row_rstd(x, EPS, NUM_FEATURES)
     tl.store(rstd_ptr + rows, rstd, mask=mask_rows)
     tl.store(y_ptr + offs, _normalized(x, rstd, gain, False), mask=mask)
 
@@ -209,33 +218,25 @@ def _row_gains(gain_ptr, rows, NUM_FEATURES: tl.constexpr, NUM_GROUPS: tl.conste
 
 
 @triton.jit
-def _row_rstd(x, x_ptrs, mask, EPS: tl.constexpr, NUM_FEATURES: tl.constexpr):
+def _row_rstd(x, EPS: tl.constexpr, NUM_FEATURES: tl.constexpr):
     """Equation 1: fp32 [BR] of rows [BR, BF] that are 0 past their end."""
     x = to_float32(x)
-    sums = tl.sum(_normal_to_float64(x * x), axis=1)
-    mean_square = sums / NUM_FEATURES + tl.full(sums.shape, EPS, tl.float64)
+    return rstd_of_sums(tl.sum(neighbour_sums(x * x), axis=1), EPS, NUM_FEATURES)
+
+
+@triton.jit
+def rstd_of_sums(sums, EPS: tl.constexpr, NUM_FEATURES: tl.constexpr):
+    """Equation 1 of sums of squares, fp64 [BR]: fp32 [BR]."""
+    mean_square = row_means(sums, NUM_FEATURES) + tl.full(sums.shape, EPS, tl.float64)
     # Newton's iteration doubles the 22 bits of the approximation twice.
     rstd = tl.rsqrt(mean_square.to(tl.float32)).to(tl.float64)
     for _ in tl.static_range(2):
         rstd = rstd * (1.5 - (0.5 * mean_square) * (rstd * rstd))
-    rstd = rstd.to(tl.float32)
-    # Rows where zeros, denormals (off by less than 2^-126), Inf or NaN could show. Reading again keeps registers free.
-    is_wrong = (sums < 2.0**-40) | (sums >= 2.0**120)
-    if tl.max(is_wrong.to(tl.int32), axis=0) > 0:
-        x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
-        mean_square = tl.sum((x * x).to(tl.float64), axis=1) / NUM_FEATURES
-        rstd = (1.0 / tl.sqrt(mean_square + tl.full(mean_square.shape, EPS, tl.float64))).to(tl.float32)
-    return rstd
-
-
-@triton.jit
-def _normal_to_float64(x):
-    """Positive normal fp32 as fp64, by integer instructions: a conversion takes 8 times as long as one (sm_90).
-
-    fp32 bits, three places lower, are the bits of the same fp64 number but for the bias of the exponent.
-    """
-    bits = x.to(tl.uint32, bitcast=True).to(tl.uint64)
-    return ((bits << 29) + ((1023 - 127) << 52)).to(tl.float64, bitcast=True)
+    # Rows of zeros, denormals or Inf.
+    is_extreme = (mean_square < 2.0**-100) | (mean_square > 2.0**100)
+    if tl.max(is_extreme.to(tl.int32), axis=0) > 0:
+        rstd = 1.0 / tl.sqrt(mean_square)
+    return rstd.to(tl.float32)
 
 
 @triton.jit

@@ -1,7 +1,6 @@
 """ReLU2-GLU, sub-norm and quantization in one read of gate_up and one write of codes.
 
-What      README eq. 1-5. Codes, scale and rstd equal reference.py bit for bit: sums are fp64 and rounded once, every
-          other step is the correctly rounded operation of the reference.
+What      README eq. 1-5. Codes, scale and rstd equal reference.py bit for bit: its operations, one by one.
 Contract  gate_up and gain in bf16, fp16 or fp32; any sizes; tensors are made contiguous; rows sorted by expert.
 Tiling    a row (group) is cut into pieces of one size, of which a thread holds 4 elements each: 11008 features are 11
           pieces of 1024, where a power of two would pad a row by half. The row length is a constant of the compiled
@@ -16,7 +15,17 @@ import torch
 import triton
 import triton.language as tl
 
-from bitmoe_kernels.act_quant.triton_kernels import FORMAT_LEVELS, IS_INTERPRETED, row_codes, row_scales, to_float32
+from bitmoe_kernels.act_quant.triton_kernels import (
+    FORMAT_LEVELS,
+    IS_INTERPRETED,
+    neighbour_sums,
+    row_codes,
+    row_means,
+    row_scales,
+    scales_of,
+    to_float32,
+)
+from bitmoe_kernels.norm_quant.triton_kernels import rstd_of_sums
 
 
 def piece_tile(num_features: int) -> dict[str, int]:
@@ -69,6 +78,7 @@ def relu2_glu_quantize_triton(
                 expert_R is not None,
                 num_format,
                 FORMAT_LEVELS[num_format],
+                enable_fp_fusion=False,
                 **tile,
             )
     return codes_TF, scale_TG, rstd_TG
@@ -107,12 +117,11 @@ def _relu2_glu_fwd_kernel(
         relu = tl.maximum(gate, 0.0, propagate_nan=tl.PropagateNan.ALL)
         tiles = tiles + (round_pairs_to(relu * relu * up, gate_up_ptr.dtype.element_ty),)
     if HAS_NORM:
-        square_sums = tl.zeros([BLOCK_ROWS, BLOCK_FEATURES], tl.float64)
+        squares = ()
         for piece in tl.static_range(NUM_PIECES):
-            h = tiles[piece].to(tl.float32)
-            square_sums += (h * h).to(tl.float64)
-        mean_square = tl.sum(square_sums, axis=1) / NUM_FEATURES
-        rstd = (1.0 / tl.sqrt(mean_square + tl.full(mean_square.shape, EPS, tl.float64))).to(tl.float32)
+            h = to_float32(tiles[piece])
+            squares = squares + (neighbour_sums(h * h),)
+        rstd = rstd_of_sums(_row_sums(squares), EPS, NUM_FEATURES)
         tl.store(rstd_ptr + rows, rstd)
         offs_gain = offs_group
         if HAS_EXPERTS:
@@ -120,27 +129,36 @@ def _relu2_glu_fwd_kernel(
         normed = ()
         for piece in tl.static_range(NUM_PIECES):
             gain = load_piece(gain_ptr + offs_gain[:, None], piece, NUM_FEATURES, BLOCK_FEATURES)
-            unit = round_pairs_to(tiles[piece].to(tl.float32) * rstd[:, None], gate_up_ptr.dtype.element_ty)
+            unit = round_pairs_to(to_float32(tiles[piece]) * rstd[:, None], gate_up_ptr.dtype.element_ty)
             # Not by pairs: the compiler makes one bf16 product of conversions and product where the gain is bf16.
             normed = normed + (round_to(unit.to(tl.float32) * gain, gate_up_ptr.dtype.element_ty),)
         tiles = normed
-    magnitude = tl.zeros([BLOCK_ROWS, BLOCK_FEATURES], tl.float64 if FORMAT == "int4" else tl.float32)
-    for piece in tl.static_range(NUM_PIECES):
-        if FORMAT == "int4":
-            magnitude += tl.abs(tiles[piece].to(tl.float32)).to(tl.float64)
-        else:
-            size = tl.abs(tiles[piece].to(tl.float32))
-            magnitude = tl.maximum(magnitude, size, propagate_nan=tl.PropagateNan.ALL)
     if FORMAT == "int4":
-        mean = (tl.sum(magnitude, axis=1, keep_dims=True) / NUM_FEATURES).to(tl.float32)
-        scale = row_scales(mean, 1, FORMAT, LEVELS)
+        sizes = ()
+        for piece in tl.static_range(NUM_PIECES):
+            sizes = sizes + (neighbour_sums(tl.abs(to_float32(tiles[piece]))),)
+        scale = scales_of(row_means(_row_sums(sizes), NUM_FEATURES).to(tl.float32), LEVELS)
     else:
+        magnitude = tl.zeros([BLOCK_ROWS, BLOCK_FEATURES], tl.float32)
+        for piece in tl.static_range(NUM_PIECES):
+            size = tl.abs(to_float32(tiles[piece]))
+            magnitude = tl.maximum(magnitude, size, propagate_nan=tl.PropagateNan.ALL)
         scale = row_scales(magnitude, NUM_FEATURES, FORMAT, LEVELS)
     tl.store(scale_ptr + rows, scale)
     codes_ptrs = codes_ptr + (rows * NUM_FEATURES)[:, None]
     for piece in tl.static_range(NUM_PIECES):
         codes = row_codes(tiles[piece], scale, FORMAT)
         store_piece(codes_ptrs, codes, piece, NUM_FEATURES, BLOCK_FEATURES)
+
+
+@triton.jit
+def _row_sums(pieces):
+    """Sums [BR] of all pieces [BR, ...] of a row."""
+    # Not added to zeros: these would have another layout, and every piece would pass through shared memory.
+    total = pieces[0]
+    for piece in tl.static_range(1, len(pieces)):
+        total += pieces[piece]
+    return tl.sum(total, axis=1)
 
 
 @triton.jit
