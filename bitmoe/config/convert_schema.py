@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+from bitmoe.config.choices import Precision
 from bitmoe.config.errors import InputError
-from bitmoe.config.schema import Precision
 
 # Members of these two are named as users write them, which no class body could.
 Packing = Enum("Packing", {"2bit": "2bit", "1.6bit": "1.6bit"})

@@ -13,8 +13,9 @@ Those of bitnet.cpp are of builds whose ``bitnet-b1.58`` graph gates with ReLU2 
 
 from collections.abc import Iterator
 
+from bitmoe.config.choices import ActFormat, Activation, Score, WeightFormat
 from bitmoe.config.layout import query_groups
-from bitmoe.config.schema import ActFormat, Activation, Config, Score, WeightFormat
+from bitmoe.config.schema import Config
 
 TARGETS = ("bitmoe", "checkpoint", "hf", "gguf", "gguf i2_s")
 HF_ROWS_PER_BYTE = 4

@@ -8,10 +8,20 @@ divisibility over ranks and groups; the rest is here.
 from collections.abc import Iterator
 from itertools import pairwise
 
+from bitmoe.config.choices import (
+    ActFormat,
+    Activation,
+    BackwardFormat,
+    Recompute,
+    Score,
+    Source,
+    TokenizerKind,
+    WeightFormat,
+)
 from bitmoe.config.errors import InputError
 from bitmoe.config.layout import divisors, layout_problems, query_groups
 from bitmoe.config.ranges import range_problems
-from bitmoe.config.schema import ActFormat, BackwardFormat, BitStage, Config, Score, Source, TokenizerKind, WeightFormat
+from bitmoe.config.schema import BitStage, Config
 
 FORMAT_FIELDS = ("qkv", "o", "gate_up", "down")
 
@@ -40,6 +50,7 @@ def problems(config: Config, world_size: int | None) -> list[InputError]:
         *_quant(config),
         *_moe(config),
         *_recipe(config),
+        *_recompute(config),
         *layout_problems(config, world_size),
     ]
 
@@ -137,6 +148,22 @@ def _recipe(config: Config) -> Iterator[InputError]:
             fix="engine.overlap_grad_reduce=true",
             key="engine.overlap_param_gather",
         )
+
+
+def _recompute(config: Config) -> Iterator[InputError]:
+    if config.run.recompute is not Recompute.ffn:
+        return
+    parallel, groups = config.parallel, config.quant.groups
+    ranks = max(parallel.tensor, parallel.expert_tensor if config.moe.num_experts else 1)
+    if config.quant.weights is not WeightFormat.ternary:
+        what = f"ffn with quant.weights={config.quant.weights.name}: gate and up are multiplied again from codes"
+        yield InputError(what, fix="none, selective or full", key="run.recompute")
+    elif config.model.activation is not Activation.relu2_glu:
+        what = f"ffn with model.activation={config.model.activation.name}, which is no part of the product in front"
+        yield InputError(what, fix="none, selective or full, or model.activation=relu2_glu", key="run.recompute")
+    elif groups % ranks:
+        what = f"ffn with quant.groups={groups}, of which {ranks} ranks do not hold whole ones"
+        yield InputError(what, fix=f"none, or quant.groups={ranks} or a multiple", key="run.recompute")
 
 
 def _inputs(config: Config) -> Iterator[InputError]:

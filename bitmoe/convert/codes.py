@@ -9,8 +9,9 @@ room than bf16 weights: they are made of a few rows or columns at a time.
 
 import torch
 
+from bitmoe.config.choices import WeightFormat
 from bitmoe.config.errors import InputError
-from bitmoe.config.schema import Config, WeightFormat
+from bitmoe.config.schema import Config
 from bitmoe_kernels.weight_quant import absmean_scale, absmean_sums, ternary_codes
 
 # Rows, or columns, that are computed at once.

@@ -7,10 +7,10 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from bitmoe.config.choices import Precision
 from bitmoe.config.convert_schema import ConvertConfig, GgufType, HfWeights, Packing, Target
 from bitmoe.config.errors import InputError
 from bitmoe.config.export_targets import refusals
-from bitmoe.config.schema import Precision
 from bitmoe.convert.check_export import check_export, check_weights
 from bitmoe.convert.check_text import check_tokens
 from bitmoe.convert.compressed_format import write_compressed

@@ -15,18 +15,10 @@ from typing import Any
 
 import torch
 
+from bitmoe.config.choices import Activation, Precision, TokenizerKind
 from bitmoe.config.errors import InputError
 from bitmoe.config.export_targets import hf_architecture
-from bitmoe.config.schema import (
-    Activation,
-    Config,
-    ContextConfig,
-    ModelConfig,
-    Precision,
-    RunConfig,
-    TokenizerConfig,
-    TokenizerKind,
-)
+from bitmoe.config.schema import Config, ContextConfig, ModelConfig, RunConfig, TokenizerConfig
 from bitmoe.config.validate import problems
 from bitmoe.model.sizes import head_dim, num_query_groups
 

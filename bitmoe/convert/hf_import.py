@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
+from bitmoe.config.choices import Precision, TokenizerKind
 from bitmoe.config.errors import InputError
-from bitmoe.config.schema import Precision, TokenizerKind
 from bitmoe.convert.hf_config import WeightScale, read_hf_config
 from bitmoe.convert.hf_packing import CODES_PER_BYTE, TERNARY_SUFFIX, unpack_rows
 from bitmoe.convert.latent_weights import latent_weights

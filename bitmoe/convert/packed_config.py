@@ -5,8 +5,9 @@ docs/packed-format.md says what the keys mean. Inference has the number formats 
 
 from typing import Any
 
+from bitmoe.config.choices import Precision
 from bitmoe.config.convert_schema import Packing
-from bitmoe.config.schema import Config, Precision
+from bitmoe.config.schema import Config
 from bitmoe.convert.tokenizer_files import SpecialIds
 from bitmoe.model.sizes import head_dim, num_query_groups
 

@@ -11,7 +11,8 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 
-from bitmoe.config.schema import Balancing, BitStage, Config, ParallelConfig, Precision, Recompute
+from bitmoe.config.choices import Balancing, Precision, Recompute
+from bitmoe.config.schema import BitStage, Config, ParallelConfig
 from bitmoe.convert.codes import is_row_parallel
 from bitmoe.model.export_names import Slot, slots, split
 from bitmoe.model.gpt import build_language_model

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
+from bitmoe.config.choices import Source, TokenizerKind
 from bitmoe.config.errors import InputError
-from bitmoe.config.schema import Config, DataConfig, Source, TokenizerKind
+from bitmoe.config.schema import Config, DataConfig
 from bitmoe.data.bpe import EOD_TOKEN, train_bpe
 from bitmoe.data.new_folder import new_folder
 from bitmoe.data.progress import PrepareProgress

@@ -16,8 +16,9 @@ from typing import Protocol
 
 import numpy as np
 
+from bitmoe.config.choices import TokenizerKind
 from bitmoe.config.errors import InputError
-from bitmoe.config.schema import TokenizerConfig, TokenizerKind
+from bitmoe.config.schema import TokenizerConfig
 
 JSON_FILE = "tokenizer.json"
 KIND_FILE = "tokenizer_kind.json"

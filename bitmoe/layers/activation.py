@@ -2,7 +2,7 @@
 
 import torch
 
-from bitmoe.config.schema import Activation
+from bitmoe.config.choices import Activation
 from bitmoe_kernels.relu2_glu import relu2_glu
 
 # Shapes: F = inner features on this rank.

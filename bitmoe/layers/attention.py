@@ -10,6 +10,7 @@ from megatron.core import tensor_parallel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from bitmoe.config.choices import Recompute
 from bitmoe.layers.bit_linear import ColumnBitLinear, RowBitLinear
 from bitmoe.layers.context import LayerContext
 from bitmoe.layers.quantize_input import Quantized
@@ -30,7 +31,7 @@ class SelfAttention(torch.nn.Module, ShardedParameters):
 
     def __init__(self, config, context: LayerContext):
         super().__init__()
-        self.groups, self.recompute = context.groups, context.recompute_attention
+        self.groups, self.recompute = context.groups, context.recompute is Recompute.selective
         self.head_dim = config.kv_channels
         self.num_kv_heads = config.num_query_groups // context.groups.tp.size()
         self.queries_per_kv = config.num_attention_heads // config.num_query_groups

@@ -10,7 +10,7 @@ With ``quant.weights = none`` inputs come unquantized: the bf16 baseline (``plai
 import torch
 import torch.distributed as dist
 
-from bitmoe.config.schema import Activation
+from bitmoe.config.choices import Activation, Recompute
 from bitmoe.layers.activation import gated_activation
 from bitmoe.layers.code_product import activated_gradients, gradients, scaled_product
 from bitmoe.layers.collectives import gather_first_dim, sum_over_ranks
@@ -144,7 +144,7 @@ def _sum_of_slice(ctx, grad_SBH: torch.Tensor) -> torch.Tensor:
 
 
 class _ActivatedProduct(torch.autograd.Function):
-    """``_ColumnProduct`` of gate and up, and the quantized input of down; the backward activates again."""
+    """``_ColumnProduct`` of gate and up, and the quantized input of down; the backward activates (multiplies) again."""
 
     @staticmethod
     def forward(
@@ -162,17 +162,20 @@ class _ActivatedProduct(torch.autograd.Function):
         gate_up_SB2F = _gather_and_multiply(ctx, carrier_SBH, codes_SBH, scale_SB1, weight, operands, group, wire)
         codes_SBF, scale_SBG, rstd_SBG = down.quantize(gate_up_SB2F, gain_F)
         ctx.num_groups = down.num_groups
-        ctx.save_for_backward(codes_SBH, scale_SB1, gate_up_SB2F, gain_F, rstd_SBG)
+        source_SB2F = gate_up_SB2F if down.is_source_kept else None
+        ctx.save_for_backward(codes_SBH, scale_SB1, source_SB2F, gain_F, rstd_SBG)
         without_code_gradients(ctx, codes_SBF, scale_SBG)
         return stand_in(gate_up_SB2F, codes_SBF.shape), codes_SBF, scale_SBG
 
     @staticmethod
     def backward(ctx, grad_SBF, *unused):
-        codes_SBH, scale_SB1, gate_up_SB2F, gain_F, rstd_SBG = ctx.saved_tensors
-        rstd_TG = None if rstd_SBG is None else rstd_SBG.flatten(0, -2)
-        activation = gate_up_SB2F.flatten(0, -2), gain_F, rstd_TG
-        product = *gathered_tokens(codes_SBH, scale_SB1, ctx.group, ctx.wire), ctx.operands, ctx.num_groups
-        grad_x_TH, grad_weight, grad_gain_F = activated_gradients(grad_SBF.flatten(0, -2), *activation, *product)
+        codes_SBH, scale_SB1, source_SB2F, gain_F, rstd_SBG = ctx.saved_tensors
+        product = *gathered_tokens(codes_SBH, scale_SB1, ctx.group, ctx.wire), ctx.operands
+        kept = source_SB2F is not None
+        gate_up_T2F = source_SB2F.flatten(0, -2) if kept else scaled_product(*product, grad_SBF.dtype)
+        activation = gate_up_T2F, gain_F, None if rstd_SBG is None else rstd_SBG.flatten(0, -2)
+        dy_TF = grad_SBF.flatten(0, -2)
+        grad_x_TH, grad_weight, grad_gain_F = activated_gradients(dy_TF, *activation, *product, ctx.num_groups)
         grad_x_SBH = _sum_of_slice(ctx, grad_x_TH.view(*grad_SBF.shape[:-1], -1))
         grad_gain_F = None if gain_F is None else grad_gain_F.to(gain_F.dtype)
         return grad_x_SBH, None, None, into_main_grad(ctx.weight, grad_weight), *[None] * 3, grad_gain_F, None
@@ -206,6 +209,7 @@ class RowBitLinear(torch.nn.Module, ShardedParameters):
         self.cache = CodeCache(self.policy, role, self._with_scales)
         self.num_groups, is_shared = split_groups(self.policy.groups, self.groups.tp.size())
         self.reduce_group = self.groups.tp if is_shared else None
+        self.is_source_kept = context.recompute is not Recompute.ffn
 
     def cuts(self) -> dict:
         """The weight is split along its input columns."""
@@ -219,7 +223,8 @@ class RowBitLinear(torch.nn.Module, ShardedParameters):
         is_whole = self.policy.is_ternary and self.reduce_group is None
         if not is_whole or self.activation is not Activation.relu2_glu:
             return None
-        return DownInput(0.0 if self.sub_norm is None else self.sub_norm.eps, self.policy, self.num_groups)
+        eps = 0.0 if self.sub_norm is None else self.sub_norm.eps
+        return DownInput(eps, self.policy, self.num_groups, self.is_source_kept)
 
     def forward(self, x_SBF: Quantized | torch.Tensor) -> torch.Tensor:
         """Multiply features [S, B, F] (or 2F), add over ranks: [S, B, H], or [S/tp, B, H] (sequence parallel)."""

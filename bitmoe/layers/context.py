@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from bitmoe.config.schema import ModelConfig, MoEConfig, Wire
+from bitmoe.config.choices import Recompute, Wire
+from bitmoe.config.schema import ModelConfig, MoEConfig
 from bitmoe.parallel.process_groups import Groups
 from bitmoe.quant.policy import QuantPolicy
 
@@ -23,8 +24,8 @@ class LayerContext:
     """Process groups."""
     sequence_parallel: bool
     """Activations between linears are split along the sequence over the tensor-parallel group."""
-    recompute_attention: bool
-    """Recompute the attention core in the backward pass."""
+    recompute: Recompute
+    """What the backward pass computes again."""
     dtype: torch.dtype
     """Dtype of parameters and activations."""
     device: torch.device

@@ -8,7 +8,7 @@ ranks, expert tensor parallelism the inner features of each.
 import torch
 import torch.distributed as dist
 
-from bitmoe.config.schema import Activation
+from bitmoe.config.choices import Activation, Recompute
 from bitmoe.layers.activation import gated_activation
 from bitmoe.layers.bit_linear import group_ids
 from bitmoe.layers.context import LayerContext
@@ -63,6 +63,7 @@ class RoutedExperts(torch.nn.Module, ShardedParameters):
             mark_expert(parameter, dim=0)
         self.num_groups, is_shared = split_groups(self.policy.groups, self.groups.etp.size())
         self.reduce_group = self.groups.etp if is_shared else None
+        self.is_source_kept = context.recompute is not Recompute.ffn
         projection_O = torch.arange(2).repeat_interleave(num_features)
         self.scale_ids_O = group_ids(projection_O, self.num_groups).to(context.device)
         self.fc1_cache = CodeCache(self.policy, "gate_up", self._fc1_with_scales)
@@ -107,7 +108,7 @@ class RoutedExperts(torch.nn.Module, ShardedParameters):
     def _down_input(self, product: tuple, dispatch: Dispatch | LocalDispatch) -> Quantized:
         """Product with gate and up, activation, sub-norm and quantization; one function where groups are whole."""
         if self.activation is Activation.relu2_glu and self.reduce_group is None:
-            down = DownInput(self.eps, self.policy, self.num_groups)
+            down = DownInput(self.eps, self.policy, self.num_groups, self.is_source_kept)
             return Quantized(*_ActivatedProduct.apply(*product, self.sub_norm_weight, down))
         x_RF = self._normalized(_DispatchedProduct.apply(*product), dispatch)
         return quantize_groups(x_RF, "down", self.policy, self.num_groups, self.reduce_group)
@@ -198,23 +199,25 @@ def _dispatch_and_multiply(
 
 
 class _ActivatedProduct(torch.autograd.Function):
-    """``_DispatchedProduct``, and the quantized input of down; the backward activates again."""
+    """``_DispatchedProduct``, and the quantized input of down; the backward activates (multiplies) again."""
 
     @staticmethod
     def forward(ctx, carrier_TH, codes_TH, scale_T1, weight, operands, dispatch, gain_EF, down: DownInput):
         rows, gate_up_R2F = _dispatch_and_multiply(ctx, carrier_TH, codes_TH, scale_T1, weight, operands, dispatch)
         codes_RF, scale_RG, rstd_RG = down.quantize(gate_up_R2F, gain_EF, dispatch.expert_R)
         ctx.num_groups = down.num_groups
-        ctx.save_for_backward(*rows, gate_up_R2F, gain_EF, rstd_RG)
+        ctx.save_for_backward(*rows, gate_up_R2F if down.is_source_kept else None, gain_EF, rstd_RG)
         without_code_gradients(ctx, codes_RF, scale_RG)
         return stand_in(gate_up_R2F, codes_RF.shape), codes_RF, scale_RG
 
     @staticmethod
     def backward(ctx, grad_RF, *unused):
         codes_RH, scale_R1, gate_up_R2F, gain_EF, rstd_RG = ctx.saved_tensors
-        where = ctx.dispatch.ends_E, ctx.dispatch.expert_R, ctx.num_groups
+        product, where = (codes_RH, scale_R1, ctx.operands), (ctx.dispatch.ends_E, ctx.dispatch.expert_R)
+        if gate_up_R2F is None:
+            gate_up_R2F = grouped_scaled_product(*product, *where, grad_RF.dtype)
         grad_RH, grad_weight, grad_gain_EF = grouped_activated_gradients(
-            grad_RF, gate_up_R2F, gain_EF, rstd_RG, codes_RH, scale_R1, ctx.operands, *where
+            grad_RF, gate_up_R2F, gain_EF, rstd_RG, *product, *where, ctx.num_groups
         )
         grad_gain_EF = None if gain_EF is None else grad_gain_EF.to(gain_EF.dtype)
         grad_TH = ctx.dispatch.send_back(grad_RH)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from bitmoe.config.schema import ActFormat
+from bitmoe.config.choices import ActFormat
 from bitmoe.layers.collectives import features_to_rows, gather_first_dim, rows_to_features
 from bitmoe.layers.norm import RMSNorm
 from bitmoe.quant.policy import QuantPolicy
@@ -101,6 +101,8 @@ class DownInput(NamedTuple):
     policy: QuantPolicy
     num_groups: int
     """Groups on this rank."""
+    is_source_kept: bool
+    """Gate and up are kept for the backward; else it multiplies them again."""
 
     def quantize(
         self, gate_up_T2F: torch.Tensor, gain: torch.Tensor | None, expert_T: torch.Tensor | None = None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bitmoe.config.schema import ActFormat, Wire
+from bitmoe.config.choices import ActFormat, Wire
 from bitmoe_kernels.act_pack import pack_codes, unpack_codes
 
 # Shapes: T = tokens of this rank, R = rows that arrive, D = features, W = elements of a row on the wire.

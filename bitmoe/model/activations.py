@@ -8,7 +8,8 @@ experts as it sends; without a capacity.
 
 from dataclasses import dataclass
 
-from bitmoe.config.schema import Activation, BackwardFormat, Config, Precision, Recompute, Score, WeightFormat
+from bitmoe.config.choices import Activation, BackwardFormat, Precision, Recompute, Score, WeightFormat
+from bitmoe.config.schema import Config
 from bitmoe.model.sizes import head_dim, num_query_groups, padded_vocab_size
 
 INT32, FP32, INT64, FP64 = 4, 4, 8, 8
@@ -90,8 +91,9 @@ class Activations:
     def _feed_forward_temporaries(self, rows: int, width: int, ranks: int, experts: int = 0) -> list[int]:
         """Of gate and up, and of down; ``experts`` is 0 for a dense layer."""
         features = width // ranks
+        recomputed = self.element * rows * 2 * features if self.config.run.recompute is Recompute.ffn else 0
         return [
-            self._column_temporaries(rows, 2 * features, experts),
+            self._column_temporaries(rows, 2 * features, experts) + recomputed,
             self._row_temporaries(rows, features, ranks, experts),
         ]
 
@@ -197,7 +199,7 @@ class Activations:
         # No kernel normalizes experts' rows, whose gains differ, behind SwiGLU.
         is_fused = self._is_ternary and self._holds_groups(ranks) and (is_relu2 or not is_routed)
         if is_fused and is_relu2:
-            activation = 2 * self.element  # gate and up
+            activation = 0 if self.config.run.recompute is Recompute.ffn else 2 * self.element  # gate and up
         else:
             activation = self._unfused_activation() + (self.element if self._keeps_source else 0)
         return rows * features * activation + self._row_parallel(rows, features, ranks, is_fused, is_routed)

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from fractions import Fraction
 
-from bitmoe.config.schema import Config, WeightFormat
+from bitmoe.config.choices import WeightFormat
+from bitmoe.config.schema import Config
 from bitmoe.model.sizes import head_dim, num_query_groups, padded_vocab_size
 
 TRAINING_PER_FORWARD = 3

@@ -6,7 +6,7 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
-from bitmoe.config.schema import Config, Recompute
+from bitmoe.config.schema import Config
 from bitmoe.layers.context import LayerContext
 from bitmoe.layers.norm import RMSNorm
 from bitmoe.layers.sharding import mark_tensor_parallel
@@ -76,7 +76,7 @@ def build_language_model(
         policy=policy,
         groups=groups,
         sequence_parallel=config.parallel.sequence,
-        recompute_attention=config.run.recompute is Recompute.selective,
+        recompute=config.run.recompute,
         dtype=transformer_config.params_dtype,
         device=local_device(),
         wire=config.parallel.wire,

@@ -7,7 +7,8 @@ elements a parameter), the allocator's fragmentation, buffers of NCCL, and uneve
 
 from dataclasses import dataclass, fields
 
-from bitmoe.config.schema import BackwardFormat, Config, Precision, Recompute
+from bitmoe.config.choices import BackwardFormat, Precision, Recompute
+from bitmoe.config.schema import Config
 from bitmoe.model.activations import FP32, Activations
 from bitmoe.model.counts import Cut, Weight, embedding, final_norm, head, is_ternary, layer_weights, model_weights
 from bitmoe.parallel.topology import Topology

@@ -12,9 +12,10 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from bitmoe.config.choices import Recompute, WeightFormat
 from bitmoe.config.errors import InputError
 from bitmoe.config.export_targets import BITNET_CPP_ARCHITECTURE, gguf_architecture, hf_architecture, refusals
-from bitmoe.config.schema import Config, Recompute, WeightFormat
+from bitmoe.config.schema import Config
 from bitmoe.config.validate import problems
 from bitmoe.model.counts import (
     TRAINING_PER_FORWARD,
@@ -39,7 +40,12 @@ _MEMORY_ROWS = {
     "logits": "logits and cross-entropy",
     "temporaries": "temporaries of a product",
 }
-_RECOMPUTED = {Recompute.none: "", Recompute.selective: ", attention recomputed", Recompute.full: ", recomputed"}
+_RECOMPUTED = {
+    Recompute.none: "",
+    Recompute.selective: ", attention recomputed",
+    Recompute.ffn: ", gate and up recomputed",
+    Recompute.full: ", recomputed",
+}
 
 
 def plan(config: Config, world_size: int, console: Console | None = None) -> int:

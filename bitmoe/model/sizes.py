@@ -6,8 +6,9 @@ Plain integers without torch, so that ``bitmoe plan`` and the model itself take 
 import math
 from dataclasses import replace
 
+from bitmoe.config.choices import TokenizerKind
 from bitmoe.config.errors import InputError
-from bitmoe.config.schema import Config, ModelConfig, TokenizerKind
+from bitmoe.config.schema import Config, ModelConfig
 
 BYTE_VOCAB_SIZE = 259
 """Ids of the byte tokenizer: 256 bytes, end of document, beginning of text, padding."""

@@ -7,7 +7,8 @@ file. What our own layers need they read from our own configuration.
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from bitmoe.config.schema import Balancing, Config, Precision, Recompute
+from bitmoe.config.choices import Balancing, Precision, Recompute
+from bitmoe.config.schema import Config
 from bitmoe.model.sizes import head_dim, num_query_groups
 
 _DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp32: torch.float32}

@@ -8,8 +8,9 @@ functions are pure, so a resumed run lands in its stage by its step number alone
 
 import math
 
+from bitmoe.config.choices import ActFormat
 from bitmoe.config.errors import InputError
-from bitmoe.config.schema import ActFormat, BitStage, QuantConfig
+from bitmoe.config.schema import BitStage, QuantConfig
 
 
 def first_step(start: float, steps: int) -> int:

@@ -7,7 +7,8 @@ codes stale.
 
 from typing import Protocol
 
-from bitmoe.config.schema import ActFormat, BackwardFormat, BitStage, QuantConfig, WeightFormat
+from bitmoe.config.choices import ActFormat, BackwardFormat, WeightFormat
+from bitmoe.config.schema import BitStage, QuantConfig
 from bitmoe.quant.statistics import QuantStatistics
 
 

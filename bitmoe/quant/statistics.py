@@ -7,7 +7,7 @@ it on for the steps it logs). Those of ternary codes come with the codes. Counts
 import torch
 import torch.distributed as dist
 
-from bitmoe.config.schema import ActFormat
+from bitmoe.config.choices import ActFormat
 
 # Largest code magnitude of each format; codes at or beyond it were clipped or are the maximum itself.
 _LARGEST_CODE = {ActFormat.int4: 7, ActFormat.int8: 127, ActFormat.fp4: 12}

@@ -16,7 +16,8 @@ from collections.abc import Callable
 import torch
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention, silu
 
-from bitmoe.config.schema import ActFormat, Activation, Config, Score, WeightFormat
+from bitmoe.config.choices import ActFormat, Activation, Score, WeightFormat
+from bitmoe.config.schema import Config
 from bitmoe_kernels.act_quant.reference import (
     quantize_fp4_reference,
     quantize_int4_reference,

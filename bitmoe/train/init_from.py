@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
+from bitmoe.config.choices import Precision
 from bitmoe.config.errors import InputError
-from bitmoe.config.schema import Config, MoEConfig, Precision
+from bitmoe.config.schema import Config, MoEConfig
 from bitmoe.model.export_names import Slot, slots
 from bitmoe.model.sizes import head_dim, num_query_groups
 from bitmoe.train.engine import MegatronEngine

@@ -16,8 +16,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
+from bitmoe.config.choices import ActFormat, Schedule
 from bitmoe.config.errors import InputError
-from bitmoe.config.schema import ActFormat, BitStage, OptimConfig, Schedule
+from bitmoe.config.schema import BitStage, OptimConfig
 from bitmoe.quant.bit_schedule import stage_name
 from bitmoe.train.metrics import read_metrics
 from bitmoe.train.run_dir import RunDir, replace_file

@@ -18,8 +18,9 @@ from typing import IO, Any
 
 import yaml
 
+from bitmoe.config.choices import Resume
 from bitmoe.config.errors import InputError
-from bitmoe.config.schema import Config, Resume
+from bitmoe.config.schema import Config
 
 # Keys of these groups that change how a model is trained, not what it computes.
 _TRAINING_ONLY = {

@@ -9,7 +9,8 @@ uses, and the last step, ``run.steps``, uses exactly ``lr_end``.
 
 import math
 
-from bitmoe.config.schema import OptimConfig, Schedule
+from bitmoe.config.choices import Schedule
+from bitmoe.config.schema import OptimConfig
 from bitmoe.quant.bit_schedule import first_step
 
 

@@ -14,9 +14,9 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from bitmoe.config.choices import TokenizerKind
 from bitmoe.config.errors import InputError
 from bitmoe.config.from_dict import config_from_dict
-from bitmoe.config.schema import TokenizerKind
 from bitmoe.data.tokenizer import KIND_FILE, ByteTokenizer, Tokenizer, load_tokenizer
 from bitmoe.model.export_names import Slot, slots, split
 from bitmoe.train.fingerprint import fingerprint, tensor_name

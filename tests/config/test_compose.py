@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from bitmoe.config.choices import ActFormat, WeightFormat
 from bitmoe.config.compose import compose
 from bitmoe.config.errors import InputError
 from bitmoe.config.help import group_choices
 from bitmoe.config.locate import config_dir
-from bitmoe.config.schema import ActFormat, BitStage, Config, WeightFormat
+from bitmoe.config.schema import BitStage, Config
 from bitmoe.config.validate import problems
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -3,10 +3,11 @@
 import pytest
 import yaml
 
+from bitmoe.config.choices import Score
 from bitmoe.config.compose import compose
 from bitmoe.config.errors import InputError
 from bitmoe.config.from_dict import config_from_dict
-from bitmoe.config.schema import Config, Score
+from bitmoe.config.schema import Config
 from bitmoe.train.run_dir import config_dict
 
 

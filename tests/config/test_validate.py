@@ -14,6 +14,15 @@ STAGES = "quant.stages=[{start:0},{start:0.5,qkv:int4}%s]"
 
 # overrides of the default run, world size, key, fragments of the message
 CASES = [
+    (["run.recompute=ffn", "quant=none", "quant.groups=1"], 1, "run.recompute", "quant.weights=none", "selective"),
+    (["run.recompute=ffn", "model.activation=swiglu"], 1, "run.recompute", "model.activation=swiglu", "relu2_glu"),
+    (
+        ["run.recompute=ffn", "parallel=tp2", "moe=none", "quant.groups=1"],
+        2,
+        "run.recompute",
+        "quant.groups=1, of which 2 ranks do not hold whole ones",
+        "quant.groups=2",
+    ),
     # numbers in their range
     (["model.num_layers=0"], None, "model.num_layers", "0 is out of range", "above 0"),
     (["parallel.tensor=-2"], 2, "parallel.tensor", "-2 is out of range", "above 0"),
@@ -177,6 +186,7 @@ def test_validate_accepts_the_default_run():
         (["quant=none", "quant.groups=1"], 2),
         (["quant.backward=8bit"], 2),
         (["parallel=ep2"], 2),
+        (["run.recompute=ffn"], 2),
         (["parallel=single", "parallel.expert_tensor=2"], 2),
         (["parallel=pp2", "parallel.expert=2", "run.global_batch_size=16"], 4),
         (["moe.score=sigmoid", "moe.expert_bias=true"], 2),

@@ -14,9 +14,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bitmoe.infer  # noqa: F401 (registers the packed model)
+from bitmoe.config.choices import ActFormat, Activation, Precision
 from bitmoe.config.convert_schema import ConvertConfig, GgufType, HfWeights, Packing, Target, validate_conversion
 from bitmoe.config.errors import InputError
-from bitmoe.config.schema import ActFormat, Activation, BitStage, Config, MoEConfig, Precision, QuantConfig
+from bitmoe.config.schema import BitStage, Config, MoEConfig, QuantConfig
 from bitmoe.convert import command
 from bitmoe.convert.i2s_format import GgufReader
 from bitmoe.convert.packed_manifest import verify_packed

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitNetConfig, BitNetForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.integrations.bitnet import pack_weights
 
+from bitmoe.config.choices import ActFormat, Activation, Precision, TokenizerKind
 from bitmoe.config.errors import InputError
-from bitmoe.config.schema import ActFormat, Activation, Precision, TokenizerKind
 from bitmoe.convert.hf_export import write_hf
 from bitmoe.convert.hf_import import HFBitNetWeights
 from bitmoe.data.bpe import train_bpe

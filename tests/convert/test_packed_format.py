@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bitmoe.config.choices import ActFormat, Precision, Score, WeightFormat
 from bitmoe.config.convert_schema import Packing
 from bitmoe.config.errors import InputError
-from bitmoe.config.schema import ActFormat, BitStage, Config, MoEConfig, ParallelConfig, Precision, Score, WeightFormat
+from bitmoe.config.schema import BitStage, Config, MoEConfig, ParallelConfig
 from bitmoe.convert.packed_format import packed_bytes, write_packed
 from bitmoe.convert.packed_manifest import MANIFEST, verify_packed, write_packed_manifest
 from bitmoe.data.tokenizer import ByteTokenizer

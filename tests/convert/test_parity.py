@@ -6,19 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from bitmoe.config.choices import ActFormat, Activation, Precision, Score, WeightFormat
 from bitmoe.config.convert_schema import Packing
 from bitmoe.config.errors import InputError
-from bitmoe.config.schema import (
-    ActFormat,
-    Activation,
-    BitStage,
-    Config,
-    MoEConfig,
-    Precision,
-    QuantConfig,
-    Score,
-    WeightFormat,
-)
+from bitmoe.config.schema import BitStage, Config, MoEConfig, QuantConfig
 from bitmoe.convert.check_export import check_export
 from bitmoe.convert.packed_format import write_packed
 from bitmoe.convert.parity import EXACT, Limits, TensorComparison, compare_logits, refuse_different

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from bitmoe.config.schema import Config, Source
+from bitmoe.config.choices import Source
+from bitmoe.config.schema import Config
 from bitmoe.data.token_data import TokenData, TokenPart, TokenSpan
 from bitmoe.data.token_files import HEADER, MAGIC, path_of
 from bitmoe.data.tokenizer import ByteTokenizer

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from bitmoe.config.choices import Source, TokenizerKind
 from bitmoe.config.errors import InputError
-from bitmoe.config.schema import Config, Source, TokenizerKind
+from bitmoe.config.schema import Config
 from bitmoe.data import prepare as prepare_module
 from bitmoe.data.prepare import prepare
 from bitmoe.data.summary import print_summary

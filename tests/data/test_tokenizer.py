@@ -6,8 +6,9 @@ import random
 import numpy as np
 import pytest
 
+from bitmoe.config.choices import TokenizerKind
 from bitmoe.config.errors import InputError
-from bitmoe.config.schema import TokenizerConfig, TokenizerKind
+from bitmoe.config.schema import TokenizerConfig
 from bitmoe.data.bpe import EOD_TOKEN, train_bpe
 from bitmoe.data.tokenizer import ByteTokenizer, JsonTokenizer, build_tokenizer, load_tokenizer
 

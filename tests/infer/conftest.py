@@ -5,17 +5,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from bitmoe.config.schema import (
-    ActFormat,
-    Activation,
-    BitStage,
-    Config,
-    ModelConfig,
-    MoEConfig,
-    QuantConfig,
-    Score,
-    WeightFormat,
-)
+from bitmoe.config.choices import ActFormat, Activation, Score, WeightFormat
+from bitmoe.config.schema import BitStage, Config, ModelConfig, MoEConfig, QuantConfig
 from bitmoe.infer import BitmoeConfig, BitmoeForCausalLM
 from bitmoe.model.export_names import slots, split
 from bitmoe.testing.reference_model import ReferenceModel

@@ -9,9 +9,10 @@ import torch
 from transformers import AutoTokenizer
 
 from bitmoe.__main__ import main
+from bitmoe.config.choices import Precision
 from bitmoe.config.convert_schema import Packing
 from bitmoe.config.generate_schema import GenerateConfig
-from bitmoe.config.schema import Config, MoEConfig, Precision
+from bitmoe.config.schema import Config, MoEConfig
 from bitmoe.convert.packed_format import write_packed
 from bitmoe.convert.packed_manifest import write_packed_manifest
 from bitmoe.data.tokenizer import ByteTokenizer

@@ -3,16 +3,8 @@
 import pytest
 import torch
 
-from bitmoe.config.schema import (
-    ActFormat,
-    Activation,
-    BackwardFormat,
-    BitStage,
-    ModelConfig,
-    MoEConfig,
-    ParallelConfig,
-    QuantConfig,
-)
+from bitmoe.config.choices import ActFormat, Activation, BackwardFormat, Recompute
+from bitmoe.config.schema import BitStage, ModelConfig, MoEConfig, ParallelConfig, QuantConfig
 from bitmoe.layers import code_product, grouped_code_product
 from bitmoe.layers.activation import gated_activation
 from bitmoe.layers.context import LayerContext
@@ -48,7 +40,7 @@ def make_context(groups, backward, sub_norm, activation=Activation.relu2_glu):
         policy=QuantPolicy(QuantConfig(groups=groups, backward=backward, stages=[stage])),
         groups=make_groups(ParallelConfig()),
         sequence_parallel=False,
-        recompute_attention=False,
+        recompute=Recompute.none,
         dtype=torch.float32,
         device=torch.device("cpu"),
     )

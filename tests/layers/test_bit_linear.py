@@ -3,15 +3,8 @@
 import pytest
 import torch
 
-from bitmoe.config.schema import (
-    ActFormat,
-    BackwardFormat,
-    BitStage,
-    ModelConfig,
-    MoEConfig,
-    ParallelConfig,
-    QuantConfig,
-)
+from bitmoe.config.choices import ActFormat, BackwardFormat, Recompute
+from bitmoe.config.schema import BitStage, ModelConfig, MoEConfig, ParallelConfig, QuantConfig
 from bitmoe.layers.bit_linear import ColumnBitLinear, RowBitLinear, group_ids
 from bitmoe.layers.context import LayerContext
 from bitmoe.parallel.process_groups import make_groups, start
@@ -34,7 +27,7 @@ def make_context(groups, backward_format, dtype):
         policy=QuantPolicy(QuantConfig(groups=groups, backward=backward_format, stages=[stage])),
         groups=make_groups(ParallelConfig()),
         sequence_parallel=False,
-        recompute_attention=False,
+        recompute=Recompute.none,
         dtype=dtype,
         device=torch.device("cpu"),
     )

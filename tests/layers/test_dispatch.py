@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
-from bitmoe.config.schema import ActFormat, Config, ModelConfig, MoEConfig, ParallelConfig, Precision, RunConfig, Wire
+from bitmoe.config.choices import ActFormat, Precision, Wire
+from bitmoe.config.schema import Config, ModelConfig, MoEConfig, ParallelConfig, RunConfig
 from bitmoe.layers.dispatch import Dispatch, make_dispatch
 from bitmoe.layers.local_dispatch import LocalDispatch
 from bitmoe.layers.wire import CodeWire

@@ -4,18 +4,8 @@ import pytest
 import torch
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
-from bitmoe.config.schema import (
-    ActFormat,
-    BackwardFormat,
-    BitStage,
-    Config,
-    ModelConfig,
-    MoEConfig,
-    Precision,
-    QuantConfig,
-    RunConfig,
-    Wire,
-)
+from bitmoe.config.choices import ActFormat, BackwardFormat, Precision, Recompute, Wire
+from bitmoe.config.schema import BitStage, Config, ModelConfig, MoEConfig, QuantConfig, RunConfig
 from bitmoe.layers.context import LayerContext
 from bitmoe.layers.dispatch import Dispatch
 from bitmoe.layers.experts import RoutedExperts
@@ -46,7 +36,7 @@ def run_experts(chosen, weight_factor=1.0, groups=2, backward=BackwardFormat.bf1
         policy=QuantPolicy(config.quant),
         groups=process_groups,
         sequence_parallel=False,
-        recompute_attention=False,
+        recompute=Recompute.none,
         dtype=torch.float32,
         device=torch.device("cpu"),
     )

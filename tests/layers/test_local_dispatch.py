@@ -4,17 +4,8 @@ import pytest
 import torch
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
-from bitmoe.config.schema import (
-    ActFormat,
-    Config,
-    ModelConfig,
-    MoEConfig,
-    ParallelConfig,
-    Precision,
-    RunConfig,
-    Score,
-    Wire,
-)
+from bitmoe.config.choices import ActFormat, Precision, Score, Wire
+from bitmoe.config.schema import Config, ModelConfig, MoEConfig, ParallelConfig, RunConfig
 from bitmoe.layers.dispatch import Dispatch
 from bitmoe.layers.local_dispatch import LocalDispatch
 from bitmoe.layers.wire import CodeWire

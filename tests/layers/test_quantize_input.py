@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bitmoe.config.schema import ActFormat, BitStage, QuantConfig
+from bitmoe.config.choices import ActFormat
+from bitmoe.config.schema import BitStage, QuantConfig
 from bitmoe.layers.quantize_input import (
     flat_tokens,
     normalize_groups,

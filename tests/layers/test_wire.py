@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from bitmoe.config.schema import ActFormat, ParallelConfig, Wire
+from bitmoe.config.choices import ActFormat, Wire
+from bitmoe.config.schema import ParallelConfig
 from bitmoe.layers.bit_linear import gathered_tokens
 from bitmoe.layers.wire import CodeWire
 from bitmoe.parallel.process_groups import make_groups, start

@@ -11,6 +11,7 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispa
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bitmoe.config.choices import Recompute
 from bitmoe.config.compose import compose
 from bitmoe.layers.code_product import gradients
 from bitmoe.layers.dispatch import Dispatch
@@ -119,6 +120,8 @@ def tensors_in(value):
     [
         (1, ["parallel=single", "moe=none"]),
         (1, ["parallel=single", "moe=none", "run.precision=bf16", "run.recompute=selective"]),
+        (1, ["parallel=single", "moe=none", "run.precision=bf16", "run.recompute=ffn"]),
+        (1, ["parallel=single", "run.precision=bf16", "run.recompute=ffn"]),
         (1, ["parallel=single", "moe=none", "model.activation=swiglu", "model.sub_norm=false"]),
         (1, ["parallel=single"]),
         (1, ["parallel=single", "run.precision=bf16"]),
@@ -181,6 +184,14 @@ def test_temporaries_are_what_the_backward_pass_allocates(precision, dtype, hidd
         *(backward_peak(num_tokens, *sizes, groups, dtype, is_column=False) for sizes in rows),
     )
     assert Activations(config).temporaries() == pytest.approx(peak, rel=0.01)
+
+
+def test_gate_and_up_that_are_multiplied_again_are_temporary():
+    config = with_vocab_size(compose(["moe=none", "parallel=single", "run.precision=bf16"]))
+    again = dataclasses.replace(config, run=dataclasses.replace(config.run, recompute=Recompute.ffn))
+    gate_and_up = 2 * Activations(config).tokens * 2 * config.model.ffn_hidden_size
+    assert Activations(again).temporaries() - Activations(config).temporaries() == gate_and_up
+    assert Activations(config).saved_by_layer() - Activations(again).saved_by_layer() == gate_and_up
 
 
 def backward_peak(num_tokens, num_inputs, num_outputs, groups, dtype, *, is_column):

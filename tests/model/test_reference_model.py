@@ -4,21 +4,8 @@ import pytest
 import torch
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 
-from bitmoe.config.schema import (
-    ActFormat,
-    Activation,
-    Balancing,
-    BitStage,
-    Config,
-    ContextConfig,
-    ModelConfig,
-    MoEConfig,
-    Precision,
-    QuantConfig,
-    RunConfig,
-    Score,
-    WeightFormat,
-)
+from bitmoe.config.choices import ActFormat, Activation, Balancing, Precision, Score, WeightFormat
+from bitmoe.config.schema import BitStage, Config, ContextConfig, ModelConfig, MoEConfig, QuantConfig, RunConfig
 from bitmoe.model.gpt import build_language_model
 from bitmoe.model.initialize import initialize
 from bitmoe.parallel.process_groups import make_groups, start

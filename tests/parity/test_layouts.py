@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from bitmoe.config.choices import ActFormat, Precision, Score
 from bitmoe.config.schema import (
-    ActFormat,
     BitStage,
     Config,
     ContextConfig,
@@ -20,10 +20,8 @@ from bitmoe.config.schema import (
     MoEConfig,
     OptimConfig,
     ParallelConfig,
-    Precision,
     QuantConfig,
     RunConfig,
-    Score,
 )
 from bitmoe.testing.parity import first_step, loss_curve, make_engine
 

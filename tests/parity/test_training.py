@@ -7,10 +7,8 @@ from functools import partial
 import pytest
 import torch
 
+from bitmoe.config.choices import ActFormat, BackwardFormat, Balancing, Precision, Recompute
 from bitmoe.config.schema import (
-    ActFormat,
-    BackwardFormat,
-    Balancing,
     BitStage,
     Config,
     ContextConfig,
@@ -19,9 +17,7 @@ from bitmoe.config.schema import (
     MoEConfig,
     OptimConfig,
     ParallelConfig,
-    Precision,
     QuantConfig,
-    Recompute,
     RunConfig,
 )
 from bitmoe.quant.ternary_codes import CodeCache
@@ -54,7 +50,7 @@ def grad_distances(step, wanted):
     return {name: ((got - grad).norm() / grad.norm()).item() for name, (got, grad) in pairs.items()}
 
 
-@pytest.mark.parametrize("recompute", [Recompute.selective, Recompute.full])
+@pytest.mark.parametrize("recompute", [Recompute.selective, Recompute.ffn, Recompute.full])
 @pytest.mark.parametrize("model", MODELS)
 def test_recompute_gives_the_same_bits(model, recompute, ranks):
     [wanted] = ranks(1).run(first_step, MODELS[model])
@@ -63,10 +59,11 @@ def test_recompute_gives_the_same_bits(model, recompute, ranks):
     assert set(grad_distances(step, wanted).values()) == {0.0}
 
 
-def test_recompute_over_ranks(ranks):
+@pytest.mark.parametrize("recompute", [Recompute.ffn, Recompute.full])
+def test_recompute_over_ranks(ranks, recompute):
     config = replace(MODELS["moe"], parallel=TP2_EP2)
     wanted = ranks(2).run(first_step, config)[0]
-    step = ranks(2).run(first_step, with_run(config, recompute=Recompute.full))[0]
+    step = ranks(2).run(first_step, with_run(config, recompute=recompute))[0]
     assert step["loss"] == wanted["loss"]
     assert set(grad_distances(step, wanted).values()) == {0.0}
 

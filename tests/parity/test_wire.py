@@ -5,19 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 
+from bitmoe.config.choices import ActFormat, Precision, WeightFormat, Wire
 from bitmoe.config.schema import (
-    ActFormat,
     BitStage,
     Config,
     ContextConfig,
     ModelConfig,
     MoEConfig,
     ParallelConfig,
-    Precision,
     QuantConfig,
     RunConfig,
-    WeightFormat,
-    Wire,
 )
 from bitmoe.testing.parity import first_step, loss_curve
 

@@ -2,8 +2,9 @@
 
 import pytest
 
+from bitmoe.config.choices import ActFormat
 from bitmoe.config.errors import InputError
-from bitmoe.config.schema import ActFormat, BitStage, QuantConfig
+from bitmoe.config.schema import BitStage, QuantConfig
 from bitmoe.quant.bit_schedule import first_step, stage_at, stage_name, stage_starts
 
 A48 = {

@@ -2,7 +2,8 @@
 
 import pytest
 
-from bitmoe.config.schema import ActFormat, BitStage, QuantConfig, WeightFormat
+from bitmoe.config.choices import ActFormat, WeightFormat
+from bitmoe.config.schema import BitStage, QuantConfig
 from bitmoe.quant.policy import QuantPolicy, split_groups
 
 

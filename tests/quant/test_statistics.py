@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bitmoe.config.schema import ActFormat
+from bitmoe.config.choices import ActFormat
 from bitmoe.quant.statistics import QuantStatistics
 
 CPU = torch.device("cpu")

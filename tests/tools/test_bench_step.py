@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bitmoe.config.schema import ActFormat, BitStage, Config, ParallelConfig, Precision, WeightFormat
+from bitmoe.config.choices import ActFormat, Precision, WeightFormat
+from bitmoe.config.schema import BitStage, Config, ParallelConfig
 from bitmoe.parallel.process_groups import local_device, make_groups, start
 from bitmoe.testing.parity import random_batches
 from bitmoe_kernels.act_quant.reference import quantize_int4_reference, quantize_int8_reference

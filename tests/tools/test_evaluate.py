@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from bitmoe.config.choices import Precision
 from bitmoe.config.convert_schema import Packing
-from bitmoe.config.schema import Config, Precision
+from bitmoe.config.schema import Config
 from bitmoe.convert.packed_format import write_packed
 from bitmoe.data.tokenizer import ByteTokenizer
 from bitmoe.testing.saved_model import save_model

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bitmoe.config.choices import BackwardFormat, WeightFormat
 from bitmoe.config.compose import compose
 from bitmoe.config.errors import InputError
-from bitmoe.config.schema import BackwardFormat, WeightFormat
 from bitmoe.config.validate import problems
 from bitmoe.train.run_dir import RunDir, config_dict
 

@@ -8,7 +8,8 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-from bitmoe.config.schema import ActFormat, Balancing, BitStage, Config, MoEConfig, ParallelConfig, Precision, Score
+from bitmoe.config.choices import ActFormat, Balancing, Precision, Score
+from bitmoe.config.schema import BitStage, Config, MoEConfig, ParallelConfig
 from bitmoe.testing.parity import gather_global, make_engine, random_batches, ternary_codes
 from bitmoe.train.checkpoint import load_checkpoint, save_checkpoint
 from bitmoe.train.fingerprint import fingerprints

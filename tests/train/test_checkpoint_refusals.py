@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from bitmoe.config.choices import Precision
 from bitmoe.config.errors import InputError
-from bitmoe.config.schema import Config, MoEConfig, ParallelConfig, Precision
+from bitmoe.config.schema import Config, MoEConfig, ParallelConfig
 from bitmoe.testing.parity import make_engine
 from bitmoe.testing.ranks import RankError, RankPool
 from bitmoe.train.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint

@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from bitmoe.config.choices import ActFormat, Activation, Precision, Score, WeightFormat
 from bitmoe.config.errors import InputError
 from bitmoe.config.schema import (
-    ActFormat,
-    Activation,
     BitStage,
     Config,
     ContextConfig,
@@ -18,11 +17,8 @@ from bitmoe.config.schema import (
     MoEConfig,
     OptimConfig,
     ParallelConfig,
-    Precision,
     QuantConfig,
     RunConfig,
-    Score,
-    WeightFormat,
 )
 from bitmoe.model.export_names import slots, split
 from bitmoe.parallel.process_groups import make_groups, start

@@ -27,6 +27,7 @@ MODELS = {
     "dense": ["moe=none", "quant.backward=8bit"],
     "moe": ["quant.backward=8bit"],
     "bf16 backward": ["moe=none"],
+    "gate and up recomputed": ["quant.backward=8bit", "run.recompute=ffn"],
     "unquantized": ["quant=none"],
 }
 
@@ -89,6 +90,7 @@ def test_recorded_steps_are_the_same_steps(overrides):
 def test_layouts_that_are_not_recorded(override, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert graphs_hold(compose(["parallel=single"]))
+    assert graphs_hold(compose(["parallel=single", "run.recompute=ffn"]))
     assert not graphs_hold(compose(["parallel=single", override]))
 
 

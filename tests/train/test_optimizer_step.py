@@ -6,16 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from bitmoe.config.schema import (
-    Config,
-    ContextConfig,
-    ModelConfig,
-    MoEConfig,
-    ParallelConfig,
-    Precision,
-    QuantConfig,
-    RunConfig,
-)
+from bitmoe.config.choices import Precision
+from bitmoe.config.schema import Config, ContextConfig, ModelConfig, MoEConfig, ParallelConfig, QuantConfig, RunConfig
 from bitmoe.testing.parity import make_engine, random_batches
 from bitmoe.train.optimizer_step import optimizer_step, use_fused_adam
 

@@ -6,8 +6,9 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+from bitmoe.config.choices import ActFormat, Schedule
 from bitmoe.config.errors import InputError
-from bitmoe.config.schema import ActFormat, BitStage, Config, Schedule
+from bitmoe.config.schema import BitStage, Config
 from bitmoe.train.metrics import MetricsLog
 from bitmoe.train.plot import draw, plot_run
 from bitmoe.train.run_dir import RunDir, config_dict

@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
+from bitmoe.config.choices import ActFormat, Precision, Resume, WeightFormat
 from bitmoe.config.errors import InputError
-from bitmoe.config.schema import ActFormat, BitStage, Config, Precision, Resume, WeightFormat
+from bitmoe.config.schema import BitStage, Config
 from bitmoe.train.run_dir import (
     RunDir,
     changed_model_keys,

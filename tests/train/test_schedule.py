@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from bitmoe.config.schema import OptimConfig, Schedule
+from bitmoe.config.choices import Schedule
+from bitmoe.config.schema import OptimConfig
 from bitmoe.train.schedule import learning_rate, switch_step, weight_decay
 
 STEPS = 100_000

@@ -6,8 +6,9 @@ import weakref
 import pytest
 import torch
 
+from bitmoe.config.choices import ActFormat, Precision, Score
 from bitmoe.config.errors import InputError
-from bitmoe.config.schema import ActFormat, BitStage, Config, MoEConfig, ParallelConfig, Precision, Score
+from bitmoe.config.schema import BitStage, Config, MoEConfig, ParallelConfig
 from bitmoe.data.bpe import train_bpe
 from bitmoe.data.tokenizer import ByteTokenizer, JsonTokenizer
 from bitmoe.model.export_names import export_shapes, fuse, slots

@@ -10,7 +10,7 @@ from ternary_experts import EPS, LEAVES, ternary_pass
 
 from bench.harness import Closeness, Timing, closeness, first_line, free, time_pass
 from bench.shapes import LARGE_MOE_LAYERS, MoELayer
-from bitmoe.config.schema import BackwardFormat
+from bitmoe.config.choices import BackwardFormat
 from bitmoe.parallel.process_groups import Groups
 
 CHECKED = MoELayer(6, 512, 768, 2, 1000)

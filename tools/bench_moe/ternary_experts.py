@@ -6,8 +6,9 @@ from dataclasses import replace
 import torch
 from moe_inputs import Inputs
 
+from bitmoe.config.choices import BackwardFormat, Recompute
 from bitmoe.config.compose import compose
-from bitmoe.config.schema import BackwardFormat, Config, ModelConfig, MoEConfig, QuantConfig
+from bitmoe.config.schema import Config, ModelConfig, MoEConfig, QuantConfig
 from bitmoe.layers.context import LayerContext
 from bitmoe.layers.experts import RoutedExperts
 from bitmoe.layers.local_dispatch import LocalDispatch
@@ -63,7 +64,7 @@ def _experts(
         policy=policy,
         groups=groups,
         sequence_parallel=False,
-        recompute_attention=False,
+        recompute=Recompute.none,
         dtype=inputs.x_TH.dtype,
         device=inputs.x_TH.device,
     )

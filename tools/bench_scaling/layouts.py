@@ -6,8 +6,9 @@ from itertools import product
 
 from registry import SETTINGS
 
+from bitmoe.config.choices import Wire
 from bitmoe.config.compose import compose
-from bitmoe.config.schema import Config, Wire
+from bitmoe.config.schema import Config
 from bitmoe.config.validate import validate
 
 RECIPE = ("quant=a48", "quant.backward=8bit")

@@ -9,7 +9,8 @@ import math
 import torch
 from torch.nn.functional import linear, rms_norm
 
-from bitmoe.config.schema import ActFormat, BitStage
+from bitmoe.config.choices import ActFormat
+from bitmoe.config.schema import BitStage
 from bitmoe.parallel.process_groups import local_device
 
 # Shapes: T = tokens (any leading dims), I = inputs, O = outputs.

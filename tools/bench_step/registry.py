@@ -27,6 +27,11 @@ _PLAIN = ("quant=none",)
 
 TRAINERS = {
     "bitmoe-8bit": Entry("a4.8, 8-bit backward", ("quant=a48", "quant.backward=8bit"), "bitmoe_trainer"),
+    "bitmoe-8bit-recompute": Entry(
+        "the same, gate and up multiplied again in the backward",
+        ("quant=a48", "quant.backward=8bit", "run.recompute=ffn"),
+        "bitmoe_trainer",
+    ),
     "bitmoe-bf16-backward": Entry("a4.8, bf16 backward", ("quant=a48", "quant.backward=bf16"), "bitmoe_trainer"),
     "bitmoe-bf16": Entry("nothing quantized", _PLAIN, "bitmoe_trainer"),
     "megatron-bf16": Entry("local spec, cuDNN attention", _PLAIN, "megatron_trainer"),

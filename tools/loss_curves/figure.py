@@ -14,8 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from pack import Curve
 
+from bitmoe.config.choices import Schedule
 from bitmoe.config.errors import InputError
-from bitmoe.config.schema import OptimConfig, Schedule
+from bitmoe.config.schema import OptimConfig
 from bitmoe.quant.bit_schedule import first_step
 from bitmoe.train.plot import finish_axis
 from bitmoe.train.schedule import switch_step
