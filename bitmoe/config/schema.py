@@ -251,8 +251,9 @@ class EngineConfig:
     overlap_param_gather: bool = False
     """Gather updated parameters while the next forward pass runs; needs overlap_grad_reduce."""
     cuda_graph: bool = True
-    """Record micro-batches as CUDA graphs, where only tensor and data parallelism cut the model, and nothing is
-    overlapped or recomputed but run.recompute=ffn; else kernels are launched one by one."""
+    """Record micro-batches as CUDA graphs where their kernels never change: only tensor and data parallelism cut the
+    model, experts multiply in bf16, nothing is overlapped, and at most gate and up are recomputed; else kernels are
+    launched one by one."""
 
 
 @dataclass

@@ -2,9 +2,10 @@
 
 A layer of this model is some fifty kernels, most of them shorter than Python takes to launch one. A graph is recorded
 where the sequence of kernels cannot change from step to step: every rank runs all layers, experts are whole on it (of
-what is exchanged only run time knows the size), nothing is recomputed but gate and up (all else would move random
-generators), and no gradient travels before the backward pass ends. Collectives of tensor parallelism are recorded like
-any kernel: they have made their connections when a key is run for the first time.
+what is exchanged only run time knows the size) and multiplied without a wait for their sizes, nothing is recomputed but
+gate and up (all else would move random generators), and no gradient travels before the backward pass ends. Collectives
+of tensor parallelism are recorded like any kernel: they have made their connections when a key is run for the first
+time.
 
 What decides the sequence is the ``Key``: the first micro-batch of a step makes ternary codes, the others find them; a
 recording step counts codes; a bit stage has its formats. Each key is run once as it is, which compiles its kernels,
@@ -17,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from bitmoe.config.choices import Recompute
+from bitmoe.config.choices import Precision, Recompute
 from bitmoe.config.schema import Config
 from bitmoe.quant.policy import QuantPolicy
 
@@ -38,8 +39,17 @@ def graphs_hold(config: Config) -> bool:
     is_whole = parallel.pipeline == parallel.expert == parallel.expert_tensor == 1
     is_kept = run.recompute in (Recompute.none, Recompute.ffn)
     is_static = config.moe.capacity_factor is None and is_kept and not run.deterministic
-    is_apart = not (engine.overlap_grad_reduce or engine.overlap_param_gather)
+    is_apart = not (engine.overlap_grad_reduce or engine.overlap_param_gather or _experts_wait(config))
     return engine.cuda_graph and torch.cuda.is_available() and is_whole and is_static and is_apart
+
+
+def _experts_wait(config: Config) -> bool:
+    """Whether experts' products wait for the GPU to learn how many rows each has: torch's grouped kernel takes bf16
+    whose rows are a multiple of 16 bytes, and does not wait.
+    """
+    widths = config.model.hidden_size, config.moe.ffn_hidden_size
+    is_taken = config.run.precision is Precision.bf16 and all(width % 8 == 0 for width in widths)
+    return config.moe.num_experts > 0 and not is_taken
 
 
 class MicroBatchGraphs:

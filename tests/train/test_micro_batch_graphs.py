@@ -1,5 +1,6 @@
 """Recorded micro-batches train like those launched kernel by kernel, bit for bit; and which layouts are recorded."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -74,6 +75,14 @@ def test_recorded_steps_are_the_same_steps(overrides):
     assert statistics == wanted_statistics
 
 
+@pytest.mark.gpu
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("override", ["run.precision=fp32", "moe.ffn_hidden_size=132"])
+def test_experts_whose_products_wait_train(override):
+    (loss, grad_norm), *_ = train(with_vocab_size(compose([*COMMON, override])), cuda_graph=True)[0]
+    assert math.isfinite(loss + grad_norm)
+
+
 @pytest.mark.parametrize(
     "override",
     [
@@ -85,20 +94,31 @@ def test_recorded_steps_are_the_same_steps(overrides):
         "engine.overlap_grad_reduce=true",
         "engine.cuda_graph=false",
         "moe.capacity_factor=1.0",
+        # Experts' products wait for their sizes.
+        "run.precision=fp32",
+        "moe.ffn_hidden_size=132",
     ],
 )
 def test_layouts_that_are_not_recorded(override, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert graphs_hold(compose(["parallel=single"]))
-    assert graphs_hold(compose(["parallel=single", "run.recompute=ffn"]))
-    assert not graphs_hold(compose(["parallel=single", override]))
+    assert not graphs_hold(compose([*COMMON, override]))
 
 
-def test_tensor_parallel_layouts_are_recorded(monkeypatch):
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        COMMON,
+        [*COMMON, "run.recompute=ffn"],
+        [*COMMON, "parallel=tp2", "parallel.sequence=true"],
+        [*COMMON, "moe=none", "run.precision=fp32", "model.ffn_hidden_size=132"],
+    ],
+    ids=lambda overrides: " ".join(overrides[len(COMMON) :]),
+)
+def test_layouts_that_are_recorded(overrides, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert graphs_hold(compose(["parallel=tp2", "parallel.sequence=true"]))
+    assert graphs_hold(compose(overrides))
 
 
 def test_nothing_is_recorded_without_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert not graphs_hold(compose(["parallel=single"]))
+    assert not graphs_hold(compose(COMMON))
