@@ -71,7 +71,7 @@ def test_topk_mask_extreme_values(topk_mask_triton, dtype):
 
 
 @each_dtype
-@pytest.mark.parametrize(("shape", "groups"), [((7, 24), 4), ((3, 2, 35), 5)], ids=str)
+@pytest.mark.parametrize(("shape", "groups"), [((7, 24), 4), ((3, 2, 35), 5), ((40, 128), 4), ((20, 256), 4)], ids=str)
 def test_topk_mask_groups_equal_reference(topk_mask_triton, dtype, shape, groups):
     x_TD = gaussian(*shape, dtype=dtype)
     assert torch.equal(topk_mask_triton(x_TD, 0.5, groups), topk_mask_reference(x_TD, 0.5, groups))

@@ -95,7 +95,13 @@ def _end_of_ties(keys, threshold, num_places):
     ties = tl.where(keys == threshold[:, None], (256 << place) + 1, 0)
     ties = tl.sum(tl.reshape(ties, [keys.shape[0], NUM_CHUNKS, CHUNK]), axis=2)
     counts = ties & 0xFF
-    before = tl.cumsum(counts, axis=1) - counts
+    if NUM_CHUNKS <= 8:
+        # Triton 3.6 does not compile a scan of so few (seen with 4 and 8 chunks of fp32 keys).
+        chunk = tl.arange(0, NUM_CHUNKS)
+        is_earlier = chunk[None, :] < chunk[:, None]
+        before = tl.sum(tl.where(is_earlier[None, :, :], counts[:, None, :], 0), axis=2)
+    else:
+        before = tl.cumsum(counts, axis=1) - counts
     missing = num_places[:, None] - before
     # One chunk of a row has the last place: its bits, what is missing before it (1 to 8) and its number.
     chunks = tl.arange(0, NUM_CHUNKS)[None, :]
