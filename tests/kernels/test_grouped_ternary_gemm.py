@@ -48,7 +48,7 @@ def poisoned(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 def expected_tiles(counts: list[int], block: int, cover_padding: bool) -> list[tuple[int, int, int, int]]:
     tiles, start, column = [], 0, 0
     for expert, count in enumerate(counts):
-        padded = max(-(-count // 16), 1) * 16
+        padded = max(-(-count // 128), 1) * 128
         for offset in range(0, padded if cover_padding else count, block):
             tiles.append((expert, start + offset, start + count, column + offset))
         start, column = start + count, column + padded
@@ -151,14 +151,14 @@ def test_grouped_float8_forward_is_exact_on_gpu(monkeypatch, backend, value):
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, FLOAT8], ids=str)
-def test_transposed_codes_have_experts_at_multiples_of_16(dtype):
-    counts, x = [17, 0, 5], codes(22, 3, low=-8, high=7)
+def test_transposed_codes_have_experts_at_multiples_of_128(dtype):
+    counts, x = [130, 0, 5], codes(135, 3, low=-8, high=7)
     columns = grouped_transpose_codes_reference(x.to(dtype), ends(counts))
-    assert (columns.dtype, columns.shape) == (dtype, (3, 32 + 48))
+    assert (columns.dtype, columns.shape) == (dtype, (3, 256 + 3 * 128))
     columns = columns.float()
-    assert torch.equal(columns[:, :17], x[:17].T.float())
-    assert torch.equal(columns[:, 48:53], x[17:].T.float())
-    assert columns[:, 17:48].abs().max() == columns[:, 53:64].abs().max() == 0
+    assert torch.equal(columns[:, :130], x[:130].T.float())
+    assert torch.equal(columns[:, 384:389], x[130:].T.float())
+    assert columns[:, 130:384].abs().max() == columns[:, 389:].abs().max() == 0
 
 
 def test_forward_refuses():

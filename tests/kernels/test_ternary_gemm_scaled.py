@@ -55,6 +55,22 @@ def test_scaled_int8_matmul_has_the_references_bits(tokens, inputs, outputs, gro
     assert torch.equal(y, scaled_code_matmul_reference(x, x_scale, w, w_scale, torch.float32))
 
 
+def test_tiles_are_read_whole_where_memory_is_aligned():
+    kernels = pytest.importorskip("bitmoe_kernels.ternary_gemm.triton_kernels")
+
+    def has_tiles(codes_RK, chunk_size):
+        return kernels.operand_tiles(codes_RK, codes_RK, TILE, chunk_size)[0] is not None
+
+    aligned = codes(4, 96, low=-1, high=1)
+    assert has_tiles(aligned, 96)
+    assert has_tiles(aligned, 32)
+    assert not has_tiles(aligned, 48)  # a tile of 32 would reach into the next chunk
+    assert has_tiles(aligned[:, :40], 40)
+    assert not has_tiles(aligned[:, 8:], 88)
+    assert not has_tiles(codes(4, 40, low=-1, high=1), 40)
+    assert not has_tiles(aligned[:0], 96)
+
+
 @pytest.mark.parametrize(("x_value", "w_value"), [(127, 1), (-128, -1), (7, 1), (-8, 1)])
 def test_scaled_int8_matmul_is_exact_at_the_largest_sums(x_value, w_value):
     kernels = pytest.importorskip("bitmoe_kernels.ternary_gemm.triton_kernels")

@@ -24,7 +24,7 @@ from bitmoe_kernels.ternary_gemm.reference import LARGEST_SHIFT, pad_last, padde
 from bitmoe_kernels.validation import check_features, check_groups
 
 # Shapes: R = rows sorted by expert, E = experts, I = inputs, O = outputs of the linear, G = groups of inputs,
-#         P = padded_rows(R, E): room for every expert's rows from a multiple of 16 on.
+#         P = padded_rows(R, E): room for every expert's rows from a multiple of 128 on.
 
 
 class GroupedQuantizedGrad(NamedTuple):

@@ -1,8 +1,8 @@
 """The e4m3 products of routed experts: torch's grouped kernel or ours, the loop over experts on CPU.
 
 ``torch._scaled_grouped_mm`` (CUTLASS, sm_90) wants ranges that it contracts to be no shorter than 16 and to start at
-multiples of 16, which the padded rows of README eq. 2 grant, and rows of multiples of 16 bytes. Neither kernel
-states the bits of its scaled result: the last bit may differ from the reference.
+multiples of 16, ours of 128, which the padded rows of README eq. 2 grant, and rows of multiples of 16 bytes. Neither
+kernel states the bits of its scaled result: the last bit may differ from the reference.
 
 Exact sums (``fast_accum=False``) hold for INT4 and FP4 codes times ternary codes: torch's kernel promotes to fp32 all
 along, ours every EXACT_CHUNK of k, as many as 14 bits can count (8 * 2048 = 2**14).
@@ -21,7 +21,7 @@ from bitmoe_kernels.ternary_gemm.reference import PADDING
 
 EXACT_CHUNK = 2048
 
-BACKENDS: dict[str, str | None] = {"forward": None, "input_grad": "triton", "weight_grad": "torch"}
+BACKENDS: dict[str, str | None] = {"forward": None, "input_grad": "triton", "weight_grad": "triton"}
 """Which kernel multiplies on a GPU, "torch" or "triton", by product; bench/grouped.py times both. None is Triton's up
 to EXACT_CHUNK inputs (1,052 against 907 TFLOP/s at 2,048) and torch's beyond (1,046 against 936 at 4,096; H200)."""
 

@@ -7,9 +7,7 @@ dense reference of ``ternary_gemm``. Arguments are not validated here.
 import torch
 
 from bitmoe_kernels.ternary_gemm.reference import (
-    PADDING,
     float8_matmul_reference,
-    padded_length,
     quantize_grad_reference,
     scaled_code_matmul_reference,
     shifted_columns_reference,
@@ -18,6 +16,9 @@ from bitmoe_kernels.ternary_gemm.reference import (
 # Shapes: R = rows (token copies, sorted by expert), E = experts, K = contracted features, N = output features,
 #         I = inputs, O = outputs of the linear, G = groups of inputs, P = padded_rows(R, E): room for each expert's
 #         rows from a multiple of PADDING on.
+
+PADDING = 128
+"""Rows of an expert are contracted in whole tiles of as many."""
 
 
 def grouped_matmul_reference(x_RK: torch.Tensor, w_EKN: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
@@ -62,7 +63,7 @@ def grouped_outer_reference(x_RK: torch.Tensor, y_RN: torch.Tensor, ends_E: torc
 
 def padded_rows(num_rows: int, num_experts: int) -> int:
     """P, the length of a row of transposed codes: a bound for any number of rows per expert, known without them."""
-    return padded_length(num_rows) + PADDING * num_experts
+    return -(-num_rows // PADDING) * PADDING + PADDING * num_experts
 
 
 def padded_ends_reference(ends_E: torch.Tensor) -> torch.Tensor:

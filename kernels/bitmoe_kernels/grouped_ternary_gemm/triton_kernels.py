@@ -22,6 +22,7 @@ from bitmoe_kernels.ternary_gemm.triton_kernels import (
     TILES_PER_STRIP,
     WIDE_TILE,
     num_processors,
+    operand_tiles,
     scaled,
 )
 
@@ -42,6 +43,10 @@ def _place_in_strip(tile, tiles_m, tiles_n, TILES_PER_STRIP: tl.constexpr):
 def _product(
     a_ptrs,
     b_ptrs,
+    a_tiles,
+    b_tiles,
+    first_a,
+    first_b,
     a_scale_ptrs,
     b_scale_ptrs,
     K,
@@ -67,9 +72,13 @@ def _product(
         start = chunk * chunk_size
         k = (step - chunk * steps_per_chunk) * BLOCK_K
         length = min(chunk_size, K - start)
-        mask_k = offs_k < length - k
-        a = tl.load(a_ptrs + (start + k), mask=mask_k[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
-        b = tl.load(b_ptrs + (start + k), mask=mask_k[:, None], other=0.0)  # [BLOCK_K, BLOCK_N]
+        if a_tiles is not None:
+            a = a_tiles.load([first_a, start + k])
+            b = b_tiles.load([first_b, start + k]).T
+        else:
+            mask_k = offs_k < length - k
+            a = tl.load(a_ptrs + (start + k), mask=mask_k[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
+            b = tl.load(b_ptrs + (start + k), mask=mask_k[:, None], other=0.0)  # [BLOCK_K, BLOCK_N]
         sums = tl.dot(a, b, sums, out_dtype=SUM_DTYPE)
         # One flat loop keeps the loads in flight from chunk to chunk.
         if not ONE_CHUNK and k + BLOCK_K >= length:
@@ -92,6 +101,8 @@ def _grouped_matmul_kernel(
     a_scale_ptr,
     b_scale_ptr,
     out_ptr,
+    a_tiles,
+    b_tiles,
     table_ptr,
     count_ptr,
     max_tiles,
@@ -125,12 +136,17 @@ def _grouped_matmul_kernel(
         end_row = tl.load(table_ptr + 2 * max_tiles + slot)
         offs_m = first_row + tl.arange(0, BLOCK_M)
         offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        # Rows past the expert's end read its first one and are not stored: no mask in the main loop for them.
+        # Rows past the expert's end read its first one (of tiles, the next expert's) and are not stored: no mask in the
+        # main loop for them.
         rows_m = tl.where(offs_m < end_row, offs_m, first_row)
         rows_n = tl.where(offs_n < N, offs_n, 0)
         total = _product(
             a_ptr + rows_m[:, None].to(tl.int64) * a_stride + offs_k[None, :],
             b_ptr + expert.to(tl.int64) * b_expert_stride + rows_n[None, :].to(tl.int64) * b_stride + offs_k[:, None],
+            a_tiles,
+            b_tiles,
+            first_row,
+            expert * N + tile_n * BLOCK_N,
             a_scale_ptr + rows_m * num_scales,
             b_scale_ptr + expert * b_scale_expert_stride + rows_n * b_scale_n_stride,
             K,
@@ -186,6 +202,7 @@ def grouped_matmul(
         a_scale_RC.contiguous(),
         b_scale_ENC,
         out_RN,
+        *operand_tiles(a_RK, b_ENK.flatten(0, 1), tile, chunk_size),
         tiles.table_4S,
         tiles.count_1,
         max_tiles,
@@ -214,15 +231,14 @@ def _sum_dtype(codes: torch.Tensor) -> tl.dtype:
 
 @triton.jit
 def _grouped_outer_kernel(
-    a_ptr,
-    b_ptr,
+    a_tiles,
+    b_tiles,
     a_scale_ptr,
     out_ptr,
     padded_ends_ptr,
     num_experts,
     M,
     N,
-    num_columns,
     PADDING: tl.constexpr,
     TILES_PER_STRIP: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -231,7 +247,6 @@ def _grouped_outer_kernel(
 ):
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
-    offs_k = tl.arange(0, BLOCK_K)
     for tile in tl.range(tl.program_id(0), num_experts * tiles_m * tiles_n, tl.num_programs(0)):
         expert = tile // (tiles_m * tiles_n)
         tile_m, tile_n = _place_in_strip(tile % (tiles_m * tiles_n), tiles_m, tiles_n, TILES_PER_STRIP)
@@ -239,18 +254,14 @@ def _grouped_outer_kernel(
         K = tl.multiple_of(tl.load(padded_ends_ptr + expert) - start, PADDING)
         offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
         offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        # Rows past the end read row 0 and are not stored.
-        rows_m = tl.where(offs_m < M, offs_m, 0).to(tl.int64)
-        rows_n = tl.where(offs_n < N, offs_n, 0).to(tl.int64)
-        a_ptrs = a_ptr + start + rows_m[:, None] * num_columns + offs_k[None, :]
-        b_ptrs = b_ptr + start + rows_n[None, :] * num_columns + offs_k[:, None]
         sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        # Whole tiles: the padding of an expert is zeros.
         for k in range(0, K, BLOCK_K):
-            mask_k = offs_k < K - k
-            a = tl.load(a_ptrs + k, mask=mask_k[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
-            b = tl.load(b_ptrs + k, mask=mask_k[:, None], other=0.0)  # [BLOCK_K, BLOCK_N]
-            sums = tl.dot(a, b, sums)
-        sums *= tl.load(a_scale_ptr + expert * M + rows_m)[:, None]
+            a = a_tiles.load([tile_m * BLOCK_M, start + k])
+            b = b_tiles.load([tile_n * BLOCK_N, start + k])
+            sums = tl.dot(a, b.T, sums)
+        # Rows past the end are zeros and are not stored.
+        sums *= tl.load(a_scale_ptr + expert * M + offs_m, mask=offs_m < M, other=0.0)[:, None]
         out_ptrs = out_ptr + (expert.to(tl.int64) * M + offs_m)[:, None] * N + offs_n[None, :]
         tl.store(out_ptrs, sums.to(out_ptr.dtype.element_ty), mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
 
@@ -266,24 +277,23 @@ def grouped_outer(
 ) -> None:
     """README eq. 6: contract each expert's padded rows of e4m3 codes; all tensors contiguous.
 
-    ``tile`` and ``programs_per_processor`` are for measurements and tests.
+    ``tile`` and ``programs_per_processor`` are for measurements and tests; BLOCK_K divides PADDING.
     """
     num_experts, num_outputs, num_inputs = out_EOI.shape
-    tile = tile or WIDE_TILE
+    # Experts differ in length, so the loop over tiles is not flattened and leaves memory for one more load in flight.
+    tile = tile or {**WIDE_TILE, "num_stages": 4}
     num_tiles = num_experts * triton.cdiv(num_outputs, tile["BLOCK_M"]) * triton.cdiv(num_inputs, tile["BLOCK_N"])
     if not num_tiles:
         return
     num_programs = min(num_tiles, num_processors(a_OP.device) * programs_per_processor)
     _grouped_outer_kernel[(num_programs,)](
-        a_OP,
-        b_IP,
+        *operand_tiles(a_OP, b_IP, tile, a_OP.shape[1]),
         a_scale_EO,
         out_EOI,
         padded_ends_E,
         num_experts,
         num_outputs,
         num_inputs,
-        a_OP.shape[1],
         PADDING=PADDING,
         TILES_PER_STRIP=TILES_PER_STRIP,
         enable_fp_fusion=False,
