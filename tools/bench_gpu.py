@@ -1,7 +1,7 @@
-"""All benchmarks of one NVIDIA GPU, one after the other: their JSON lines in one file, and a table of all ratios.
+"""Benchmarks of one NVIDIA GPU, one after the other: their JSON lines in one file, and a table of all ratios.
 
     PYTHONPATH=.:kernels python tools/bench_gpu.py --out bench.jsonl
-    PYTHONPATH=.:kernels python tools/bench_gpu.py --only linears,step
+    PYTHONPATH=.:kernels python tools/bench_gpu.py --only grouped,step    # what DEFAULT leaves out has to be named
 
 Each benchmark runs in a process of its own, so that none finds the memory or the clocks another left. Those of
 operators and of routed experts check their results before they time anything. Where one refuses, everything stops:
@@ -25,14 +25,14 @@ REFUSED = 3
 
 STEPS = ["--warmup", "3", "--steps", "9"]
 LAYER = ["--layer", "--model", "7b", "--micro-batch", "4"]
-TRAINERS = "bitmoe-8bit,bitmoe-bf16-backward,megatron-bf16,llama-bf16,fake-quant"
+BF16_TRAINERS = "megatron-bf16,llama-bf16"
 BENCHMARKS = {
     "quantizers": ["kernels/bench/quantizers.py"],
     "linears": ["kernels/bench/linears.py"],
     "grouped": ["kernels/bench/grouped.py"],
     "moe": ["tools/bench_moe"],
-    "layer": ["tools/bench_step", *LAYER, "--trainers", TRAINERS],
-    "step": ["tools/bench_step", *STEPS, "--trainers", TRAINERS],
+    "layer": ["tools/bench_step", *LAYER, "--trainers", f"bitmoe-8bit,bitmoe-8bit-recompute,{BF16_TRAINERS}"],
+    "step": ["tools/bench_step", *STEPS, "--trainers", f"bitmoe-8bit,{BF16_TRAINERS},fake-quant"],
     "step 8k": [
         "tools/bench_step",
         *STEPS,
@@ -44,6 +44,8 @@ BENCHMARKS = {
         "bitmoe-8bit,llama-bf16",
     ],
 }
+DEFAULT = ("quantizers", "linears", "moe", "layer", "step")
+"""Under 8 minutes on an H200; compilation is most of it."""
 
 
 def run(name: str, command: list[str]) -> tuple[int, list[str]]:
@@ -100,7 +102,9 @@ def main() -> int:
     """Run what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("bench.jsonl"), help="JSON lines (default: %(default)s)")
-    parser.add_argument("--only", default=",".join(BENCHMARKS), help="which, with commas (default: %(default)s)")
+    parser.add_argument(
+        "--only", default=",".join(DEFAULT), help=f"some of {','.join(BENCHMARKS)} (default: %(default)s)"
+    )
     arguments = parser.parse_args()
     names = arguments.only.split(",")
     if unknown := [name for name in names if name not in BENCHMARKS]:

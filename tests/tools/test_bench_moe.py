@@ -36,7 +36,7 @@ def check_ours(dtype, weight_factor=1.0):
 
     moe_runs.make_ours = with_other_weights
     try:
-        return moe_runs.check_ours(make_groups(ParallelConfig()), "cpu", SMALL, dtype)
+        return moe_runs.check_ours(make_groups(ParallelConfig()), "cpu", tuple(moe_runs.VARIANTS), SMALL, dtype)
     except SystemExit as stopped:
         return stopped.code
     finally:

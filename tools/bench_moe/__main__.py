@@ -31,25 +31,27 @@ def main() -> None:
     parser = argparse.ArgumentParser("bench_moe", description=__doc__.partition("\n")[0])
     shapes = f"shapes that hold this text, of {', '.join(layers)}"
     parser.add_argument("--only", default="", metavar="TEXT", help=shapes)
-    only = parser.parse_args().only
+    parser.add_argument("--bf16-backward", action="store_true", help="time quant.backward=bf16, too")
+    arguments = parser.parse_args()
     require_gpu()
     quiet_libraries()
     # These import megatron-core, which is loud until here.
-    from moe_runs import check_ours, check_pipeline, time_layer
+    from moe_runs import TIMED, VARIANTS, check_ours, check_pipeline, time_layer
 
     from bitmoe.parallel.alone import alone
 
     about = {"bench": "moe", **machine()}
     with alone() as groups:
         check_pipeline("cuda")
-        found = check_ours(groups, "cuda")
+        variants = tuple(VARIANTS) if arguments.bf16_backward else TIMED
+        found = check_ours(groups, "cuda", variants)
         for variant, figures in found.items():
             worst = min(figures, key=lambda what: figures[what].cosine)
             print(f"{variant}: y within {figures['y'].relative_error:.4f} of fp64; {worst} {figures[worst].cosine:.6f}")
         print(json.dumps({**about, "close": found}))
-        for layer in [layer for title, layer in layers.items() if only in title]:
+        for layer in [layer for title, layer in layers.items() if arguments.only in title]:
             free()
-            print(json.dumps({**about, **time_layer(layer, groups)}), flush=True)
+            print(json.dumps({**about, **time_layer(layer, groups, variants)}), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Checks and times every contender, shape by shape."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from bf16_experts import BASELINES, CANNOT_RECORD, FASTEST, grouped_swiglu, swiglu_pass
@@ -25,7 +25,7 @@ VARIANTS = {
     "bf16 backward, G=1": ("bf16", 1),
     "bf16 backward, G=8": ("bf16", 8),
 }
-LARGE_VARIANTS = ("8-bit backward, G=1", "8-bit backward, G=8")
+TIMED = ("8-bit backward, G=1", "8-bit backward, G=8")
 
 
 def make_ours(variant: str, inputs: Inputs, groups: Groups) -> Callable:
@@ -35,11 +35,16 @@ def make_ours(variant: str, inputs: Inputs, groups: Groups) -> Callable:
 
 
 def check_ours(
-    groups: Groups, device: str, layer: MoELayer = CHECKED, dtype: torch.dtype = torch.bfloat16
+    groups: Groups,
+    device: str,
+    variants: Sequence[str],
+    layer: MoELayer = CHECKED,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> dict[str, dict[str, Closeness]]:
-    """Every variant against fp64 from codes; stops where one is not close."""
+    """Variants against fp64 from codes; stops where one is not close."""
     inputs, found = make_inputs(layer, device, dtype, IDLE_EXPERT, seed=1), {}
-    for variant, (_, num_groups) in VARIANTS.items():
+    for variant in variants:
+        num_groups = VARIANTS[variant][1]
         y_TH, gradients = make_ours(variant, inputs, groups)()
         gradients = dict(zip(LEAVES, gradients, strict=True))
         found[variant] = compare(y_TH, gradients, ternary_truth(inputs, num_groups, EPS))
@@ -73,8 +78,8 @@ def check_baseline(run: Callable, inputs: Inputs) -> None:
             raise ValueError(f"{what} has cosine {cosine:.6f} with the eager pipeline's")
 
 
-def time_layer(layer: MoELayer, groups: Groups) -> dict:
-    """Time every contender at one shape, print a row as soon as it is known, and return the results."""
+def time_layer(layer: MoELayer, groups: Groups, variants: Sequence[str]) -> dict:
+    """Time baselines and variants at one shape, print a row as soon as it is known, and return the results."""
     is_large = layer in LARGE_MOE_LAYERS
     inputs, rows, skipped = make_inputs(layer, "cuda"), [], {}
     repeats = {"repeats": LARGE_REPEATS} if is_large else {}
@@ -91,7 +96,7 @@ def time_layer(layer: MoELayer, groups: Groups) -> dict:
         run = None
         torch.compiler.reset()
         free()
-    for variant in LARGE_VARIANTS if is_large else VARIANTS:
+    for variant in variants:
         rows.append(print_row(layer, variant, "ours", time_pass(make_ours(variant, inputs, groups), **repeats)))
         free()
     print_ratios(rows)

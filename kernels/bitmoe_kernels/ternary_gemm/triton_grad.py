@@ -80,9 +80,9 @@ def shifted_bytes(codes, shift):
 @triton.jit
 def code_shift(power_ptrs, largest, mask):
     """What the codes of tokens are multiplied by: ``power`` where the largest is LARGEST_SHIFT; 0 past them."""
-    # Without tokens ``largest`` is 0.
+    # Powers of 2: their quotient is exact, and one division is enough for all tokens. Without tokens ``largest`` is 0.
     power = tl.load(power_ptrs, mask=mask, other=0.0)
-    return tl.where(mask, tl.div_rn(power * _LARGEST_SHIFT, tl.broadcast_to(largest, power.shape)), 0.0)
+    return tl.where(mask, power * tl.div_rn(tl.full(largest.shape, _LARGEST_SHIFT, tl.float32), largest), 0.0)
 
 
 @triton.jit
