@@ -122,25 +122,27 @@ def test_a_token_that_is_not_finite_is_marked_and_spoils_the_weight_gradient(bad
 
 
 @pytest.mark.parametrize(("tokens", "inputs"), [(1, 1), (33, 47), (300, 130), (0, 5)])
-def test_shifted_columns_have_the_references_bits_and_lose_nothing_within_15_bits(tokens, inputs):
-    kernels = pytest.importorskip("bitmoe_kernels.ternary_gemm.triton_grad")
-    x, exponent = codes(tokens, inputs, low=-8, high=7).to(FLOAT8), codes(tokens, 1, low=-14, high=0)
+@pytest.mark.parametrize("lowest", [-14, -11])
+def test_shifted_columns_have_the_references_bits_and_lose_nothing_within_15_bits(tokens, inputs, lowest):
+    """Tiles that stay normal numbers change exponents alone."""
+    kernels = pytest.importorskip("bitmoe_kernels.ternary_gemm.triton_columns")
+    x, exponent = codes(tokens, inputs, low=-8, high=7).to(FLOAT8), codes(tokens, 1, low=lowest, high=0)
     power, largest = torch.exp2(exponent.float()), torch.ones(1, device=DEVICE)
     columns = torch.full((inputs, padded_length(tokens)), 77, dtype=torch.int8, device=DEVICE).view(FLOAT8)
-    kernels.shifted_columns(x, power, largest, columns)
+    kernels.transpose_codes(x, columns, power, largest)
     assert same_bits(columns, shifted_columns_reference(x, power, largest))
     assert torch.equal(columns.float().T[:tokens], x.float() * power * LARGEST_SHIFT)
 
 
 @pytest.mark.gpu
 def test_shifted_columns_on_gpu_have_the_references_bits():
-    kernels = pytest.importorskip("bitmoe_kernels.ternary_gemm.triton_grad")
+    kernels = pytest.importorskip("bitmoe_kernels.ternary_gemm.triton_columns")
     x, exponent = codes(3000, 1030, low=-12, high=12), codes(3000, 1, low=-25, high=0)
     # FP4's codes, of which 12 is the largest; tokens so small that rounding sets in.
     x = torch.where(x.abs() > 8, x.sign() * 12, x.clamp(-8, 8)).to(FLOAT8)
     power, largest = torch.exp2(exponent.float()), torch.ones(1, device=DEVICE)
     columns = torch.empty(1030, padded_length(3000), dtype=FLOAT8, device=DEVICE)
-    kernels.shifted_columns(x, power, largest, columns)
+    kernels.transpose_codes(x, columns, power, largest)
     assert same_bits(columns, shifted_columns_reference(x.cpu(), power.cpu(), largest.cpu()))
 
 

@@ -95,9 +95,9 @@ def test_scaled_int8_matmul_reads_and_writes_strided_rows():
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, FLOAT8], ids=str)
-@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (0, 5), (33, 47), (130, 200)])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (0, 5), (33, 47), (130, 200), (70, 134)])
 def test_transpose_codes(rows, columns, dtype):
-    kernels = pytest.importorskip("bitmoe_kernels.ternary_gemm.triton_kernels")
+    kernels = pytest.importorskip("bitmoe_kernels.ternary_gemm.triton_columns")
     x = codes(rows, columns, low=-8, high=7).to(dtype)
     transposed = transpose_codes(x)
     assert (transposed.dtype, transposed.shape) == (dtype, (columns, padded_length(rows)))

@@ -19,7 +19,6 @@ from bitmoe_kernels.grouped_ternary_gemm.reference import (
     padded_rows,
 )
 from bitmoe_kernels.ternary_gemm.backward import FLOAT8
-from bitmoe_kernels.ternary_gemm.op import rows_contiguous
 from bitmoe_kernels.ternary_gemm.reference import LARGEST_SHIFT, pad_last, padded_length
 from bitmoe_kernels.validation import check_features, check_groups
 
@@ -179,12 +178,11 @@ def _columns(
         return columns, grouped_shifted_columns_reference(x_codes_RI, *powers, ends_E), padded_ends_reference(ends_E)
     from bitmoe_kernels.grouped_ternary_gemm.triton_codes import grouped_transpose_codes
     from bitmoe_kernels.grouped_ternary_gemm.triton_row_tiles import row_tiles
-    from bitmoe_kernels.ternary_gemm.triton_kernels import COPY_TILE
+    from bitmoe_kernels.ternary_gemm.triton_columns import COLUMN_TILE
 
     num_columns = padded_rows(len(x_codes_RI), len(ends_E))
-    tiles = row_tiles(ends_E, num_columns, COPY_TILE, cover_padding=True)
+    tiles = row_tiles(ends_E, num_columns, COLUMN_TILE["BLOCK_ROWS"], cover_padding=True)
     dy_columns_OP, x_columns_IP = (x_codes_RI.new_empty(x.shape[1], num_columns) for x in (grad.codes_RO, x_codes_RI))
-    dy_bytes_RO, x_bytes_RI = (rows_contiguous(x).view(torch.int8) for x in (grad.codes_RO, x_codes_RI))
-    grouped_transpose_codes(dy_bytes_RO, tiles, dy_columns_OP.view(torch.int8))
-    grouped_transpose_codes(x_bytes_RI, tiles, x_columns_IP.view(torch.int8), *powers)
+    grouped_transpose_codes(grad.codes_RO, tiles, dy_columns_OP)
+    grouped_transpose_codes(x_codes_RI, tiles, x_columns_IP, *powers)
     return dy_columns_OP, x_columns_IP, tiles.padded_ends_E

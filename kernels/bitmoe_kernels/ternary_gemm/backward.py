@@ -18,7 +18,7 @@ import torch
 
 from bitmoe_kernels.dispatch import runs_triton_by_row
 from bitmoe_kernels.ternary_gemm.float8_matmul import float8_matmul
-from bitmoe_kernels.ternary_gemm.op import check_codes, rows_contiguous, transpose_codes
+from bitmoe_kernels.ternary_gemm.op import check_codes, transpose_codes
 from bitmoe_kernels.ternary_gemm.reference import (
     LARGEST_SHIFT,
     padded_length,
@@ -141,10 +141,10 @@ def weight_grad(
     if not x_codes_TI.is_cuda:
         x_columns_IP = shifted_columns_reference(x_codes_TI, grad.power_T1, grad.largest_1)
     else:
-        from bitmoe_kernels.ternary_gemm import triton_grad
+        from bitmoe_kernels.ternary_gemm import triton_columns
 
         x_columns_IP = x_codes_TI.new_empty(num_inputs, padded_length(num_tokens))
-        triton_grad.shifted_columns(rows_contiguous(x_codes_TI), grad.power_T1, grad.largest_1, x_columns_IP)
+        triton_columns.transpose_codes(x_codes_TI, x_columns_IP, grad.power_T1, grad.largest_1)
     scale_1 = grad.largest_1 / LARGEST_SHIFT
     scale_O1 = (scale_1 if w_scale_O is None else scale_1 / w_scale_O).expand(num_outputs).unsqueeze(1)
     one = grad.scale_T1.new_ones(1)

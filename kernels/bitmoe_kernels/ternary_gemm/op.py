@@ -159,8 +159,8 @@ def transpose_codes(codes_RC: torch.Tensor) -> torch.Tensor:
     check_codes(codes_RC)
     if not codes_RC.is_cuda:
         return transpose_codes_reference(codes_RC)
-    from bitmoe_kernels.ternary_gemm import triton_kernels
+    from bitmoe_kernels.ternary_gemm import triton_columns
 
     columns_CP = codes_RC.new_empty(codes_RC.shape[1], padded_length(len(codes_RC)))
-    triton_kernels.transpose_codes(rows_contiguous(codes_RC).view(torch.int8), columns_CP.view(torch.int8))
+    triton_columns.transpose_codes(codes_RC, columns_CP)
     return columns_CP

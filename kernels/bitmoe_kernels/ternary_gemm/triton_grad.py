@@ -1,10 +1,10 @@
-"""Triton kernels of the 8-bit backward: dY rounded to e4m3 by token, and activation codes shifted and transposed.
+"""Triton kernel of the 8-bit backward: dY rounded to e4m3 by token; and how activation codes are shifted to match it.
 
-What      dY: whole rows in registers (the tiles of ``act_quant``), so that it is read once; also for rows sorted by
-          expert. Activations: tiles of 128 x 128, as ``transpose_codes``.
+What      Whole rows of dY in registers (the tiles of ``act_quant``), so that it is read once; also for rows sorted by
+          expert.
 Contract  dY bf16, fp16 or fp32, scales fp32, codes e4m3; rows past ``ends_E[-1]`` are neither read nor written.
 Numerics  the bits of reference.py.
-Not here  checks and dispatch (backward.py); columns of routed experts (grouped_ternary_gemm/triton_codes.py).
+Not here  checks and dispatch (backward.py), columns (triton_columns.py).
 """
 
 import torch
@@ -21,9 +21,8 @@ from bitmoe_kernels.act_quant.triton_kernels import (
     to_float32,
 )
 from bitmoe_kernels.ternary_gemm.reference import E4M3_LEVELS, LARGEST_SHIFT, MIN_ABSMAX, MIN_POWER
-from bitmoe_kernels.ternary_gemm.triton_kernels import COPY_TILE
 
-# Shapes: T = tokens or rows sorted by expert, P = T padded with zeros, I = inputs, O = outputs, E = experts.
+# Shapes: T = tokens or rows sorted by expert, O = outputs, E = experts.
 
 _LEVELS = tl.constexpr(E4M3_LEVELS)
 _MIN_ABSMAX = tl.constexpr(MIN_ABSMAX)
@@ -163,48 +162,3 @@ def quantize_grad(
             )
     grad = codes_TO.view(torch.float8_e4m3fn), scale_T1
     return grad if x_scale_T1 is None else (*grad, power_T1, largest)
-
-
-@triton.jit
-def _shifted_columns_kernel(
-    codes_ptr,
-    power_ptr,
-    largest_ptr,
-    columns_ptr,
-    num_tokens,
-    num_inputs,
-    padded_tokens,
-    stride,
-    BLOCK: tl.constexpr,
-):
-    offs_t = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    offs_i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask_t = offs_t < num_tokens
-    shift = code_shift(power_ptr + offs_t, tl.load(largest_ptr), mask_t)
-    ptrs = codes_ptr + offs_t[:, None].to(tl.int64) * stride + offs_i[None, :]
-    codes = tl.load(ptrs, mask=mask_t[:, None] & (offs_i < num_inputs)[None, :], other=0)
-    column_ptrs = columns_ptr + offs_i[:, None].to(tl.int64) * padded_tokens + offs_t[None, :]
-    mask = (offs_i < num_inputs)[:, None] & (offs_t < padded_tokens)[None, :]
-    tl.store(column_ptrs, tl.trans(shifted_bytes(codes, shift[:, None])), mask=mask)
-
-
-def shifted_columns(
-    codes_TI: torch.Tensor, power_T1: torch.Tensor, largest_1: torch.Tensor, columns_IP: torch.Tensor
-) -> None:
-    """Write e4m3 codes, times a power of 2 for each token, transposed and padded with zeros."""
-    (num_tokens, num_inputs), padded_tokens = codes_TI.shape, columns_IP.shape[1]
-    grid = (triton.cdiv(num_inputs, COPY_TILE), triton.cdiv(padded_tokens, COPY_TILE))
-    if grid[0] * grid[1]:
-        with torch.cuda.device_of(codes_TI):
-            _shifted_columns_kernel[grid](
-                codes_TI.view(torch.int8),
-                power_T1,
-                largest_1,
-                columns_IP.view(torch.int8),
-                num_tokens,
-                num_inputs,
-                padded_tokens,
-                codes_TI.stride(0),
-                BLOCK=COPY_TILE,
-                num_warps=8,
-            )

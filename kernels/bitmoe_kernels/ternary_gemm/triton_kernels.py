@@ -1,12 +1,11 @@
-"""Triton kernels of the 8-bit products: an INT8 GEMM with its scales, and transposed codes.
+"""Triton kernel of the INT8 product with its scales.
 
-Contract  codes int8 (to transpose, also the bytes of e4m3), scales fp32, last dimension contiguous; outputs are
-          allocated by the caller.
+Contract  codes int8, scales fp32, last dimension contiguous; outputs are allocated by the caller.
 Numerics  integer sums are exact; scales multiply in fp32 in the order of reference.py, without fused multiply-add, and
           are rounded once: the bits of the reference.
 Tiling    8-bit tensor cores take both operands with the contracted dimension contiguous only (sm_90), hence the
-          transposed copies. Tiles of operands come through the tensor memory accelerator where ``operand_tiles`` says
-          that it can read them, else through pointers.
+          transposed copies (triton_columns.py). Tiles of operands come through the tensor memory accelerator where
+          ``operand_tiles`` says that it can read them, else through pointers.
 Not here  FP8 products (torch._scaled_mm: float8_matmul.py), rounding of dY (triton_grad.py), checks (op.py).
 """
 
@@ -15,8 +14,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# Shapes: M, N = rows of the two operands, K = contracted, C = scale chunks along K; R x C = any code matrix,
-#         P = R padded with zeros.
+# Shapes: M, N = rows of the two operands, K = contracted, C = scale chunks along K.
 
 # Tiles. A row of 128 codes is one swizzled row of shared memory; 8 warps are two warpgroups. 128 x 256 has 3/4 of the
 # L2 traffic of 128 x 128, but with several chunks the fp32 total takes as many registers as the sums: half the tile.
@@ -25,7 +23,6 @@ SQUARE_TILE = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 8, "
 SHORT_TILE = {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
 # Tiles of m that are computed next to each other, so that a wave of programs shares its operands in L2.
 TILES_PER_STRIP = 8
-COPY_TILE = 128
 
 
 @triton.jit
@@ -171,24 +168,3 @@ def operand_tiles(
 def num_processors(device: torch.device) -> int:
     """Streaming multiprocessors; 2 stand for them in Triton's interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-
-
-@triton.jit
-def _transpose_codes_kernel(codes_ptr, columns_ptr, num_rows, num_columns, padded_rows, stride, BLOCK: tl.constexpr):
-    offs_r = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    offs_c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = (offs_r < num_rows)[:, None] & (offs_c < num_columns)[None, :]
-    codes = tl.load(codes_ptr + offs_r[:, None].to(tl.int64) * stride + offs_c[None, :], mask=mask, other=0)
-    column_ptrs = columns_ptr + offs_c[:, None].to(tl.int64) * padded_rows + offs_r[None, :]
-    tl.store(column_ptrs, tl.trans(codes), mask=(offs_c < num_columns)[:, None] & (offs_r < padded_rows)[None, :])
-
-
-def transpose_codes(codes_RC: torch.Tensor, columns_CP: torch.Tensor) -> None:
-    """Write int8 [R, C] transposed, padded with zeros."""
-    num_rows, num_columns = codes_RC.shape
-    padded_rows = columns_CP.shape[1]
-    grid = (triton.cdiv(num_columns, COPY_TILE), triton.cdiv(padded_rows, COPY_TILE))
-    if grid[0] * grid[1]:
-        _transpose_codes_kernel[grid](
-            codes_RC, columns_CP, num_rows, num_columns, padded_rows, codes_RC.stride(0), BLOCK=COPY_TILE, num_warps=8
-        )
