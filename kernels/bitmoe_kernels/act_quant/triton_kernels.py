@@ -163,9 +163,29 @@ def neighbour_sums(x):
     """
     for _ in tl.static_range(_LEVELS_OF_NEIGHBOURS):
         if x.shape[1] > 1:
-            even, odd = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
+            even, odd = _even_and_odd(x)
             x = even + odd
     return x.to(tl.float64)
+
+
+@triton.jit
+def neighbour_square_sums(x):
+    """The same of the squares of bf16, fp16 or fp32 ``x``."""
+    wide = to_float32(x)
+    if x.dtype == tl.float32 or x.shape[1] == 1:
+        return neighbour_sums(wide * wide)
+    # Squares of 16-bit numbers are exact in fp32, so the sum of two is rounded once either way.
+    even, odd = _even_and_odd(wide)
+    pairs = tl.fma(even, even, odd * odd)
+    if x.shape[1] > 2:
+        even, odd = _even_and_odd(pairs)
+        pairs = even + odd
+    return pairs.to(tl.float64)
+
+
+@triton.jit
+def _even_and_odd(x):
+    return tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
 
 
 @triton.jit

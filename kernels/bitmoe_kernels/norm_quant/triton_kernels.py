@@ -19,7 +19,7 @@ import triton.language as tl
 from bitmoe_kernels.act_quant.triton_kernels import (
     FORMAT_LEVELS,
     finite_row_codes,
-    neighbour_sums,
+    neighbour_square_sums,
     round_to,
     row_means,
     row_scales,
@@ -220,8 +220,7 @@ def _row_gains(gain_ptr, rows, NUM_FEATURES: tl.constexpr, NUM_GROUPS: tl.conste
 @triton.jit
 def _row_rstd(x, EPS: tl.constexpr, NUM_FEATURES: tl.constexpr):
     """Equation 1: fp32 [BR] of rows [BR, BF] that are 0 past their end."""
-    x = to_float32(x)
-    return rstd_of_sums(tl.sum(neighbour_sums(x * x), axis=1), EPS, NUM_FEATURES)
+    return rstd_of_sums(tl.sum(neighbour_square_sums(x), axis=1), EPS, NUM_FEATURES)
 
 
 @triton.jit

@@ -18,6 +18,7 @@ import triton.language as tl
 from bitmoe_kernels.act_quant.triton_kernels import (
     FORMAT_LEVELS,
     IS_INTERPRETED,
+    neighbour_square_sums,
     neighbour_sums,
     row_codes,
     row_means,
@@ -119,8 +120,7 @@ def _relu2_glu_fwd_kernel(
     if HAS_NORM:
         squares = ()
         for piece in tl.static_range(NUM_PIECES):
-            h = to_float32(tiles[piece])
-            squares = squares + (neighbour_sums(h * h),)
+            squares = squares + (neighbour_square_sums(tiles[piece]),)
         rstd = rstd_of_sums(_row_sums(squares), EPS, NUM_FEATURES)
         tl.store(rstd_ptr + rows, rstd)
         offs_gain = offs_group
