@@ -25,14 +25,13 @@ REFUSED = 3
 
 STEPS = ["--warmup", "3", "--steps", "9"]
 LAYER = ["--layer", "--model", "7b", "--micro-batch", "4"]
-BF16_TRAINERS = "megatron-bf16,llama-bf16"
 BENCHMARKS = {
     "quantizers": ["kernels/bench/quantizers.py"],
     "linears": ["kernels/bench/linears.py"],
     "grouped": ["kernels/bench/grouped.py"],
     "moe": ["tools/bench_moe"],
-    "layer": ["tools/bench_step", *LAYER, "--trainers", f"bitmoe-8bit,bitmoe-8bit-recompute,{BF16_TRAINERS}"],
-    "step": ["tools/bench_step", *STEPS, "--trainers", f"bitmoe-8bit,{BF16_TRAINERS},fake-quant"],
+    "layer": ["tools/bench_step", *LAYER, "--trainers", "bitmoe-8bit,bitmoe-8bit-recompute,megatron-bf16"],
+    "step": ["tools/bench_step", *STEPS, "--trainers", "bitmoe-8bit,megatron-bf16,llama-bf16,fake-quant"],
     "step 8k": [
         "tools/bench_step",
         *STEPS,

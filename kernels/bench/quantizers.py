@@ -224,6 +224,7 @@ def main() -> None:
     arguments = parser.parse_args()
     require_gpu()
     torch.manual_seed(0)
+    copied = copy_bytes_per_us()
     chosen = [case for case in cases(arguments.tokens) if arguments.only in case.name]
     wrong = [
         f"{case.name} {list(case.shape)}"
@@ -231,7 +232,8 @@ def main() -> None:
         if not is_exact(case, torch.randn(case.shape, device="cuda", dtype=torch.bfloat16))
     ]
     require(not wrong, "results differ from the reference: " + "; ".join(wrong))
-    copied = copy_bytes_per_us()
+    # The better of two: after the checks a copy was seen to be 10 % slower than in a fresh process (H200).
+    copied = max(copied, copy_bytes_per_us())
     about = {"bench": "quantizers", **machine(), "tokens": arguments.tokens, "copy_GB_per_s": round(copied / 1e3)}
     print(f"{'operator':42}{'input':>16}{'us':>9}{'MB':>9}{'of copy':>9}{'reference us':>14}")
     print(f"{'copy':42}{'':16}{'':9}{'':9}{copied / 1e6:6.2f} TB/s", flush=True)
