@@ -1,4 +1,4 @@
-"""``tools/bench_scaling``: two ranks train in every layout, send what the formula says, and no wire changes a loss."""
+"""``tools/bench_scaling``: layouts that send codes train, send what the formula says, and no wire changes a loss."""
 
 import importlib
 import json
@@ -34,9 +34,9 @@ def bench(*arguments):
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """All layouts of two ranks: the finished command, and its rows."""
+    """One rank, and layouts of two that send codes: the finished command, and its rows."""
     file = tmp_path_factory.mktemp("bench") / "rows.jsonl"
-    finished = bench(*TINY, "--json", file)
+    finished = bench(*TINY, "--only", "1,TP2,EP2", "--json", file)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     return finished.stdout.splitlines(), [json.loads(line) for line in file.read_text().splitlines()]
 
@@ -49,17 +49,13 @@ def test_rows(done):
         ("1", "dense", 1, None, False),
         ("1", "dense", 2, None, False),
         ("1", "moe", 1, None, False),
-        ("DP2", "dense", 1, None, False),
-        ("DP2", "dense", 1, None, True),
-        ("DP2", "moe", 1, None, False),
-        ("DP2", "moe", 1, None, True),
         *(("TP2", "dense", groups, wire, False) for groups in (1, 2) for wire in ("codes", "bf16")),
         ("EP2", "moe", 1, "codes", False),
         ("EP2", "moe", 1, "bf16", False),
     ]
     assert lines[0].split()[:4] == ["layout", "model", "G", "wire"]
-    assert [line.split()[:3] for line in lines[1:14]] == [[r["layout"], r["model"], str(r["groups"])] for r in rows]
-    assert list(map(json.loads, lines[-13:])) == rows
+    assert [line.split()[:3] for line in lines[1:10]] == [[r["layout"], r["model"], str(r["groups"])] for r in rows]
+    assert list(map(json.loads, lines[-9:])) == rows
     for row in rows:
         assert row["is_finite"]
         assert row["torch"] == torch.__version__
