@@ -28,6 +28,7 @@ OPTIONAL = {
 """Accelerators by import name, with what they are used for."""
 
 _MIN_FREE_BYTES = 2 * 2**30
+_MIN_CAPABILITY = (9, 0)
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,8 @@ def _devices(torch) -> Finding:
     if torch.cuda.is_available():
         devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
         kinds = sorted({f"{device.name}, {device.total_memory / 2**30:.0f} GiB" for device in devices})
-        return Finding("devices", f"{len(devices)} x {' / '.join(kinds)} (CUDA {torch.version.cuda})")
+        found = f"{len(devices)} x {' / '.join(kinds)} (CUDA {torch.version.cuda})"
+        return Finding("devices", found, _too_old([(device.major, device.minor) for device in devices]))
     if not Path("/proc/driver/nvidia/version").exists():
         return Finding("devices", "CPU (gloo)")
     problem = (
@@ -110,6 +112,18 @@ def _devices(torch) -> Finding:
         "install a CUDA build of torch that fits the driver, or check CUDA_VISIBLE_DEVICES"
     )
     return Finding("devices", "CPU (gloo)", problem)
+
+
+def _too_old(capabilities: list[tuple[int, int]]) -> str:
+    """What is wrong with GPUs of these compute capabilities; nothing from Hopper on."""
+    oldest = min(capabilities)
+    if oldest >= _MIN_CAPABILITY:
+        return ""
+    return (
+        f"compute capability {oldest[0]}.{oldest[1]}: the 8-bit products of ternary training are written for "
+        f"{_MIN_CAPABILITY[0]}.{_MIN_CAPABILITY[1]} (Hopper) or newer: use such a GPU, or hide this one and train on CPU "
+        "(CUDA_VISIBLE_DEVICES=)"
+    )
 
 
 def check_megatron(python: tuple[int, int]) -> Finding:

@@ -2,6 +2,7 @@
 
 import io
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -96,6 +97,21 @@ def test_check_torch_that_cannot_be_imported(site_packages, monkeypatch):
     (finding,) = check_torch()
     assert finding.broken
     assert "undefined symbol" in finding.problem
+
+
+@pytest.mark.parametrize(
+    ("minors", "is_old"), [([(9, 0)], False), ([(10, 0), (9, 0)], False), ([(9, 0), (8, 6)], True)]
+)
+def test_gpus_that_ternary_products_do_not_run_on_are_told(minors, is_old):
+    """Two GPUs that are not here."""
+    gpus = [SimpleNamespace(name="GPU", total_memory=2**36, major=major, minor=minor) for major, minor in minors]
+    cuda = SimpleNamespace(
+        is_available=lambda: True, device_count=lambda: len(gpus), get_device_properties=gpus.__getitem__
+    )
+    devices = doctor_module._devices(SimpleNamespace(cuda=cuda, version=SimpleNamespace(cuda="13.0")))
+    assert devices.found == f"{len(gpus)} x GPU, 64 GiB (CUDA 13.0)"
+    assert ("compute capability 8.6" in devices.problem) is is_old
+    assert not devices.broken
 
 
 def test_check_torch_names_devices():
