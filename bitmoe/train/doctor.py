@@ -121,8 +121,8 @@ def _too_old(capabilities: list[tuple[int, int]]) -> str:
         return ""
     return (
         f"compute capability {oldest[0]}.{oldest[1]}: the 8-bit products of ternary training are written for "
-        f"{_MIN_CAPABILITY[0]}.{_MIN_CAPABILITY[1]} (Hopper) or newer: use such a GPU, or hide this one and train on CPU "
-        "(CUDA_VISIBLE_DEVICES=)"
+        f"{_MIN_CAPABILITY[0]}.{_MIN_CAPABILITY[1]} (Hopper) or newer: use such a GPU, or hide this one "
+        "(CUDA_VISIBLE_DEVICES=) and train on CPU"
     )
 
 
