@@ -100,11 +100,11 @@ def test_check_torch_that_cannot_be_imported(site_packages, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("minors", "is_old"), [([(9, 0)], False), ([(10, 0), (9, 0)], False), ([(9, 0), (8, 6)], True)]
+    ("capabilities", "is_old"), [([(9, 0)], False), ([(10, 0), (9, 0)], False), ([(9, 0), (8, 6)], True)]
 )
-def test_gpus_that_ternary_products_do_not_run_on_are_told(minors, is_old):
+def test_gpus_that_ternary_products_do_not_run_on_are_told(capabilities, is_old):
     """Two GPUs that are not here."""
-    gpus = [SimpleNamespace(name="GPU", total_memory=2**36, major=major, minor=minor) for major, minor in minors]
+    gpus = [SimpleNamespace(name="GPU", total_memory=2**36, major=major, minor=minor) for major, minor in capabilities]
     cuda = SimpleNamespace(
         is_available=lambda: True, device_count=lambda: len(gpus), get_device_properties=gpus.__getitem__
     )
