@@ -156,12 +156,12 @@ def round_to(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def neighbour_sums(x):
-    """Sums of NEIGHBOURS, fp64 [BR, BF / NEIGHBOURS], of fp32 [BR, BF], added as ``wide_sum`` adds them.
+def neighbour_sums(x, LEVELS: tl.constexpr = _LEVELS_OF_NEIGHBOURS):
+    """Sums of NEIGHBOURS = 2^LEVELS, fp64 [BR, BF / NEIGHBOURS], of fp32 [BR, BF], added as ``wide_sum`` adds them.
 
     A conversion to fp64 takes as long as 8 additions (sm_90): neighbours, which one thread holds, share one.
     """
-    for _ in tl.static_range(_LEVELS_OF_NEIGHBOURS):
+    for _ in tl.static_range(LEVELS):
         if x.shape[1] > 1:
             even, odd = _even_and_odd(x)
             x = even + odd
@@ -176,11 +176,7 @@ def neighbour_square_sums(x):
         return neighbour_sums(wide * wide)
     # Squares of 16-bit numbers are exact in fp32, so the sum of two is rounded once either way.
     even, odd = _even_and_odd(wide)
-    pairs = tl.fma(even, even, odd * odd)
-    if x.shape[1] > 2:
-        even, odd = _even_and_odd(pairs)
-        pairs = even + odd
-    return pairs.to(tl.float64)
+    return neighbour_sums(tl.fma(even, even, odd * odd), _LEVELS_OF_NEIGHBOURS - 1)
 
 
 @triton.jit
