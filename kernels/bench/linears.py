@@ -20,7 +20,16 @@ from functools import cache, partial
 import torch
 from baselines import BASELINES, check_baseline, layer_pass
 from harness import Mark, Timing, first_line, free, machine, require, require_gpu, time_pass, time_stages
-from shapes import ALL_BASELINES, COLUMN_LINEARS, DENSE_LAYERS, LINEAR_RUNS, linear_flops, linear_shapes
+from shapes import (
+    ALL_BASELINES,
+    COLUMN_LINEARS,
+    DENSE_LAYERS,
+    LINEAR_RUNS,
+    bf16_share_of_linears,
+    linear_flops,
+    linear_shapes,
+    share_of_floor,
+)
 
 from bitmoe_kernels.act_quant import dequantize, quantize_int4, quantize_int8
 from bitmoe_kernels.ternary_gemm import input_grad, quantize_grad, scaled_code_matmul, weight_grad
@@ -259,13 +268,18 @@ def run_shape(size: str, num_tokens: int) -> dict:
     flops = linear_flops(layer, num_tokens)
     best_ms = min(timing.ms for kind, timing in timed.values() if kind == "bf16")
     title = f"{size} ({layer.hidden_size}, {layer.ffn_size}), {num_tokens:,} tokens"
-    print(f"\n{title:38}{'ms':>9}{'TFLOP/s':>9}{'of bf16':>9}")
+    bf16_share = {"bf16": 1.0, "ours": bf16_share_of_linears(layer)}
+    print(f"\n{title:38}{'ms':>9}{'TFLOP/s':>9}{'of floor':>10}{'of bf16':>9}")
     results = []
     for name, (kind, timing) in timed.items():
         tflops = round(1e-9 * flops / timing.ms, 1)
         note = "" if timing.how == "graph" else f"  ({timing.how})"
-        print(f"{name:38}{timing.ms:9.3f}{tflops:9.0f}{best_ms / timing.ms:8.2f}x{note}", flush=True)
-        results.append({"name": name, "kind": kind, **timing._asdict(), "tflops": tflops})
+        row = {"name": name, "kind": kind, **timing._asdict(), "tflops": tflops}
+        if kind in bf16_share:
+            row["of_floor"] = share_of_floor(timing.ms, flops, bf16_share[kind])
+        share = f"{row['of_floor']:.0%}" if "of_floor" in row else "-"
+        print(f"{name:38}{timing.ms:9.3f}{tflops:9.0f}{share:>10}{best_ms / timing.ms:8.2f}x{note}", flush=True)
+        results.append(row)
     for name, why in skipped.items():
         print(f"{name:38}left out: {why}")
     return {"shape": title, "results": results, "skipped": skipped}

@@ -5,6 +5,9 @@ Hidden sizes and FFN widths are those of ``conf/model``, widths in their aligned
 
 from typing import NamedTuple
 
+BF16_PEAK, EIGHT_BIT_PEAK = 989, 1979
+"""Dense TFLOP/s of an H100 or H200 (SXM), by its datasheet."""
+
 
 class DenseLayer(NamedTuple):
     """A transformer layer with a gated FFN and as many key/value heads as query heads."""
@@ -75,6 +78,18 @@ def linear_shapes(layer: DenseLayer) -> dict[str, LinearShape]:
         "o": LinearShape(hidden, hidden, 1),
         "down": LinearShape(hidden, ffn, 1),
     }
+
+
+def share_of_floor(ms: float, flops: float, bf16_share: float) -> float:
+    """How much of a time products need at the tensor cores' peak; ``bf16_share`` of them are bf16 ones, not 8-bit."""
+    floor_ms = 1e-9 * flops * (bf16_share / BF16_PEAK + (1 - bf16_share) / EIGHT_BIT_PEAK)
+    return round(floor_ms / ms, 3)
+
+
+def bf16_share_of_linears(layer: DenseLayer) -> float:
+    """Of the FLOPs with an 8-bit backward: the weight gradients of linears with INT8 inputs."""
+    sizes = {name: shape.outputs * shape.inputs for name, shape in linear_shapes(layer).items()}
+    return sum(size for name, size in sizes.items() if name not in COLUMN_LINEARS) / sum(sizes.values()) / 3
 
 
 def linear_flops(layer: DenseLayer, num_tokens: int) -> int:

@@ -46,6 +46,14 @@ def test_flops(bench):
     assert layer.title == "8x(2,3) top-4, 5 tokens"
 
 
+def test_share_of_floor(bench):
+    shapes = bench("shapes")
+    assert shapes.share_of_floor(2.0, 989e9, 1.0) == 0.5
+    assert shapes.share_of_floor(1.0, 1979e9, 0.0) == 1.0
+    # Weight gradients of o and down, of q, k, v, o, gate, up and down.
+    assert shapes.bf16_share_of_linears(shapes.DenseLayer(2, 3)) == (2 * 2 + 2 * 3) / (4 * 2 * 2 + 3 * 2 * 3) / 3
+
+
 def test_closeness(bench):
     closeness = bench("harness").closeness
     x, zero = torch.tensor([3.0, 4.0]), torch.zeros(2)

@@ -9,7 +9,7 @@ from moe_inputs import Inputs, make_inputs
 from ternary_experts import EPS, LEAVES, ternary_pass
 
 from bench.harness import Closeness, Timing, closeness, first_line, free, time_pass
-from bench.shapes import LARGE_MOE_LAYERS, MoELayer
+from bench.shapes import LARGE_MOE_LAYERS, MoELayer, share_of_floor
 from bitmoe.config.choices import BackwardFormat
 from bitmoe.parallel.process_groups import Groups
 
@@ -83,7 +83,7 @@ def time_layer(layer: MoELayer, groups: Groups, variants: Sequence[str]) -> dict
     is_large = layer in LARGE_MOE_LAYERS
     inputs, rows, skipped = make_inputs(layer, "cuda"), [], {}
     repeats = {"repeats": LARGE_REPEATS} if is_large else {}
-    print(f"\n{layer.title:40}{'ms':>9}{'TFLOP/s':>9}", flush=True)
+    print(f"\n{layer.title:40}{'ms':>9}{'TFLOP/s':>9}{'of floor':>10}", flush=True)
     for title in [FASTEST] if is_large else BASELINES:
         try:
             run = swiglu_pass(inputs, BASELINES[title]())
@@ -107,8 +107,16 @@ def print_row(layer: MoELayer, name: str, kind: str, timing: Timing) -> dict:
     """Print one contender's time and rate; returns its result."""
     tflops = round(1e-9 * layer.flops / timing.ms, 1)
     note = "" if timing.how == "graph" else f"  ({timing.how})"
-    print(f"{name:40}{timing.ms:9.3f}{tflops:9.0f}{note}", flush=True)
-    return {"name": name, "kind": kind, **timing._asdict(), "tflops": tflops}
+    share = share_of_floor(timing.ms, layer.flops, _bf16_share(name, kind))
+    print(f"{name:40}{timing.ms:9.3f}{tflops:9.0f}{share:10.0%}{note}", flush=True)
+    return {"name": name, "kind": kind, **timing._asdict(), "tflops": tflops, "of_floor": share}
+
+
+def _bf16_share(name: str, kind: str) -> float:
+    """Of the nine products of a pass: all, the backward's six, or the weight gradient of down."""
+    if kind == "bf16":
+        return 1.0
+    return 6 / 9 if VARIANTS[name][0] == "bf16" else 1 / 9
 
 
 def print_ratios(rows: list[dict]) -> None:
