@@ -44,7 +44,7 @@ BENCHMARKS = {
     ],
 }
 DEFAULT = ("quantizers", "linears", "moe", "layer", "step")
-"""Under 8 minutes on an H200; compilation is most of it."""
+"""Meant to take less than 8 minutes on an H200; compilation is most of it."""
 
 
 def run(name: str, command: list[str]) -> tuple[int, list[str]]:

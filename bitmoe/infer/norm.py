@@ -9,7 +9,7 @@ are those of each quantization group.
 import torch
 from torch import nn
 
-from bitmoe_kernels.act_quant import wide_sum
+from bitmoe_kernels.norm_quant.reference import rstd_reference
 
 
 class BitmoeRMSNorm(nn.Module):
@@ -22,7 +22,7 @@ class BitmoeRMSNorm(nn.Module):
 
     def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
         x32_TH = x_TH.float()
-        return (x32_TH * _rstd(x32_TH, self.eps) * self.weight).to(x_TH.dtype)
+        return (x32_TH * rstd_reference(x32_TH, self.eps) * self.weight).to(x_TH.dtype)
 
 
 class BitmoeSubNorm(nn.Module):
@@ -43,10 +43,5 @@ class BitmoeSubNorm(nn.Module):
         """Normalize [T, I]; with ``expert`` a tensor [R], [R, T, I] with the gain of expert R."""
         gain_I = self.weight if expert is None else self.weight[expert]
         x_TGi = x_TI.float().unflatten(-1, (self.groups, -1))
-        unit_TI = (x_TGi * _rstd(x_TGi, self.eps)).flatten(-2).to(x_TI.dtype)
+        unit_TI = (x_TGi * rstd_reference(x_TGi, self.eps)).flatten(-2).to(x_TI.dtype)
         return (unit_TI * (gain_I if gain_I.dim() == 1 else gain_I.unsqueeze(-2))).to(x_TI.dtype)
-
-
-def _rstd(x_TI: torch.Tensor, eps: float) -> torch.Tensor:
-    """1 / rms over the last dimension, fp32 [T, 1]."""
-    return torch.rsqrt(wide_sum(x_TI.square()) * (1 / x_TI.shape[-1]) + eps).float()

@@ -21,6 +21,7 @@ import torch
 from bitmoe.config.choices import Precision, Recompute
 from bitmoe.config.schema import Config
 from bitmoe.quant.policy import QuantPolicy
+from bitmoe_kernels.grouped_ternary_gemm import multiplies_without_wait
 
 # Shapes: B = sequences of a micro-batch, S = sequence length.
 
@@ -44,12 +45,10 @@ def graphs_hold(config: Config) -> bool:
 
 
 def _experts_wait(config: Config) -> bool:
-    """Whether experts' products wait for the GPU to learn how many rows each has: torch's grouped kernel takes bf16
-    whose rows are a multiple of 16 bytes, and does not wait.
-    """
+    """Whether experts' products wait for the GPU to learn how many rows each has."""
+    dtype = torch.bfloat16 if config.run.precision is Precision.bf16 else torch.float32
     widths = config.model.hidden_size, config.moe.ffn_hidden_size
-    is_taken = config.run.precision is Precision.bf16 and all(width % 8 == 0 for width in widths)
-    return config.moe.num_experts > 0 and not is_taken
+    return config.moe.num_experts > 0 and not multiplies_without_wait(dtype, *widths)
 
 
 class MicroBatchGraphs:

@@ -11,6 +11,7 @@ from bitmoe_kernels.grouped_ternary_gemm.op import (
     grouped_matmul,
     grouped_outer,
     grouped_scaled_code_matmul,
+    multiplies_without_wait,
 )
 
 __all__ = [
@@ -22,4 +23,5 @@ __all__ = [
     "grouped_quantize_grad",
     "grouped_scaled_code_matmul",
     "grouped_weight_grad",
+    "multiplies_without_wait",
 ]

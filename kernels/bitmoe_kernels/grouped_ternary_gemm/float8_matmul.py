@@ -23,7 +23,8 @@ EXACT_CHUNK = 2048
 
 BACKENDS: dict[str, str | None] = {"forward": None, "input_grad": "triton", "weight_grad": "triton"}
 """Which kernel multiplies on a GPU, "torch" or "triton", by product; bench/grouped.py times both. None is Triton's up
-to EXACT_CHUNK inputs (1,052 against 907 TFLOP/s at 2,048) and torch's beyond (1,046 against 936 at 4,096; H200)."""
+to EXACT_CHUNK inputs (1,202 against 913 TFLOP/s at 2,048) and torch's beyond (1,046 against 936 at 4,096; H200, ours by
+pointers: through the tensor memory accelerator 1,381 at 2,048, the rest not timed apart)."""
 
 
 def grouped_float8_matmul(

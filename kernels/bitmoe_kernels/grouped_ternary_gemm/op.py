@@ -20,10 +20,17 @@ from bitmoe_kernels.validation import check_groups
 #         I = inputs, O = outputs of the linear, G = groups of inputs.
 
 
+def multiplies_without_wait(dtype: torch.dtype, *widths: int) -> bool:
+    """Whether a GPU multiplies rows of these widths in torch's grouped kernel; else the host waits to learn the ends.
+
+    The kernel needs bfloat16, and rows of a multiple of 16 bytes.
+    """
+    return dtype == torch.bfloat16 and all(width % 8 == 0 for width in widths)
+
+
 def _use_grouped_kernel(tensor: torch.Tensor, *widths: int) -> bool:
-    """The grouped kernel needs bfloat16 on CUDA, rows of a multiple of 16 bytes, and any row at all."""
-    is_bfloat16 = tensor.is_cuda and tensor.dtype == torch.bfloat16
-    return is_bfloat16 and len(tensor) > 0 and all(width % 8 == 0 for width in widths)
+    """On CUDA, what it takes; and any row at all."""
+    return tensor.is_cuda and len(tensor) > 0 and multiplies_without_wait(tensor.dtype, *widths)
 
 
 def grouped_matmul(x_RK: torch.Tensor, w_EKN: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:

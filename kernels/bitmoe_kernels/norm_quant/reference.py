@@ -21,7 +21,7 @@ _QUANTIZERS = {"int4": quantize_int4_reference, "int8": quantize_int8_reference,
 
 def rms_norm_reference(x_TD: torch.Tensor, gain_D: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Equations 1 and 2: y [T, D] in the dtype of x, rstd [T, 1]."""
-    rstd_T1 = _rstd(x_TD, eps)
+    rstd_T1 = rstd_reference(x_TD, eps)
     return (_to_compute_dtype(x_TD) * rstd_T1 * gain_D).to(x_TD.dtype), rstd_T1
 
 
@@ -45,7 +45,7 @@ def sub_norm_quantize_reference(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Equations 1, 3, 4 and 5: codes int8 [T, D], scale [T, G], rstd [T, G]."""
     x_TGd = x_TD.unflatten(-1, (groups, -1))
-    rstd_TG1 = _rstd(x_TGd, eps)
+    rstd_TG1 = rstd_reference(x_TGd, eps)
     unit_TGd = (_to_compute_dtype(x_TGd) * rstd_TG1).to(x_TD.dtype)
     y_TGd = (unit_TGd * gain_D.unflatten(-1, (groups, -1))).to(x_TD.dtype)
     codes_TGd, scale_TG1 = _QUANTIZERS[num_format](y_TGd)
@@ -74,7 +74,7 @@ def norm_backward_reference(
     return dx_TD.to(x_TD.dtype), (dy_TGd * unit_TGd).flatten(-2).flatten(0, -2).sum(0)
 
 
-def _rstd(x_TD: torch.Tensor, eps: float) -> torch.Tensor:
+def rstd_reference(x_TD: torch.Tensor, eps: float) -> torch.Tensor:
     """Equation 1 over the last dimension, [T, 1]."""
     x_TD = _to_compute_dtype(x_TD)
     return torch.rsqrt(wide_sum(x_TD.square()) * (1 / x_TD.shape[-1]) + eps).to(x_TD.dtype)
