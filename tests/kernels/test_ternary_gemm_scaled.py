@@ -56,10 +56,10 @@ def test_scaled_int8_matmul_has_the_references_bits(tokens, inputs, outputs, gro
 
 
 def test_tiles_are_read_whole_where_memory_is_aligned():
-    kernels = pytest.importorskip("bitmoe_kernels.ternary_gemm.triton_kernels")
+    tiles = pytest.importorskip("bitmoe_kernels.ternary_gemm.triton_tiles")
 
     def has_tiles(codes_RK, chunk_size):
-        return kernels.operand_tiles(codes_RK, codes_RK, TILE, chunk_size)[0] is not None
+        return tiles.operand_tiles(codes_RK, codes_RK, TILE, chunk_size)[0] is not None
 
     aligned = codes(4, 96, low=-1, high=1)
     assert has_tiles(aligned, 96)
@@ -69,6 +69,27 @@ def test_tiles_are_read_whole_where_memory_is_aligned():
     assert not has_tiles(aligned[:, 8:], 88)
     assert not has_tiles(codes(4, 40, low=-1, high=1), 40)
     assert not has_tiles(aligned[:0], 96)
+
+
+def test_tiles_of_products():
+    """Two programs a processor where it has something else to do than multiply, unless registers or rows are short."""
+    tiles = pytest.importorskip("bitmoe_kernels.ternary_gemm.triton_tiles")
+
+    def tile(rows=640, inputs=256, outputs=512, chunk=256, dtype=torch.int8, out_dtype=torch.bfloat16, matrices=1):
+        a, b = (codes(n, inputs, low=-1, high=1).to(dtype) for n in (rows, outputs * matrices))
+        return tiles.product_tile(a, b, torch.empty(rows, outputs, dtype=out_dtype), chunk, matrices)
+
+    assert tile() is tiles.PAIR_TILE
+    assert tile(inputs=255) is tiles.WIDE_TILE  # pointers
+    assert tile(chunk=64) is tiles.SHORT_TILE
+    assert tile(rows=64) is tile(rows=640, matrices=10) is tiles.SHORT_TILE
+    assert tile(out_dtype=torch.float32) is tiles.SQUARE_TILE
+    assert tile(dtype=FLOAT8) is tiles.WIDE_TILE
+    assert tile(dtype=FLOAT8, outputs=1408) is tiles.PAIR_TILE  # 5.5 wide ones
+    assert tile(dtype=FLOAT8, chunk=128) is tiles.SQUARE_TILE
+    processors = tiles.num_programs(10**6, tiles.WIDE_TILE, torch.device(DEVICE))
+    assert tiles.num_programs(10**6, tiles.PAIR_TILE, torch.device(DEVICE)) == 2 * processors
+    assert tiles.num_programs(1, tiles.PAIR_TILE, torch.device(DEVICE)) == 1
 
 
 @pytest.mark.parametrize(("x_value", "w_value"), [(127, 1), (-128, -1), (7, 1), (-8, 1)])

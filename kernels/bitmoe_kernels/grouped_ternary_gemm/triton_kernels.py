@@ -16,14 +16,14 @@ import triton.language as tl
 
 from bitmoe_kernels.grouped_ternary_gemm.reference import PADDING
 from bitmoe_kernels.grouped_ternary_gemm.triton_row_tiles import row_tiles
-from bitmoe_kernels.ternary_gemm.triton_kernels import (
-    SHORT_TILE,
-    SQUARE_TILE,
+from bitmoe_kernels.ternary_gemm.triton_kernels import scaled
+from bitmoe_kernels.ternary_gemm.triton_tiles import (
     TILES_PER_STRIP,
     WIDE_TILE,
-    num_processors,
+    num_programs,
     operand_tiles,
-    scaled,
+    product_tile,
+    sum_dtype,
 )
 
 # Shapes: R = rows sorted by expert, E = experts, K = contracted, N = columns of a product, C = chunks of k; I = inputs,
@@ -174,35 +174,29 @@ def grouped_matmul(
     chunk_size: int,
     out_RN: torch.Tensor,
     tile: dict | None = None,
-    programs_per_processor: int = 1,
 ) -> None:
     """out[r, n] = sum over chunks c, in order, of (sum over k in c of a * b) * a_scale[r, c] * b_scale[e, n, c].
 
     ``b_scale_ENC`` may be expanded (stride 0). ``chunk_size`` is the number of k with one scale or, where there is one
-    scale only, the number of k after which FP8 sums are promoted to fp32. ``tile`` and ``programs_per_processor`` are
-    for measurements and tests.
+    scale only, the number of k after which FP8 sums are promoted to fp32. ``tile`` is for measurements and tests.
     """
     (num_rows, k), num_scales = a_RK.shape, a_scale_RC.shape[1]
     num_experts, n, _ = b_ENK.shape
     num_chunks = triton.cdiv(k, chunk_size)
-    # Several chunks take twice the registers, and a wide tile of fp32 results does not fit beside the loads in flight.
-    is_wide = num_chunks == 1 and out_RN.element_size() == 2
-    is_short = num_rows <= SHORT_TILE["BLOCK_M"] * num_experts
-    tile = tile or (SHORT_TILE if is_short else WIDE_TILE if is_wide else SQUARE_TILE)
+    b_rows = b_ENK.flatten(0, 1)
+    tile = tile or product_tile(a_RK, b_rows, out_RN, chunk_size, num_experts)
     if not num_rows * n:
         return
     tiles = row_tiles(ends_E, num_rows, tile["BLOCK_M"])
     max_tiles = tiles.table_4S.shape[1]
-    num_programs = min(
-        max_tiles * triton.cdiv(n, tile["BLOCK_N"]), num_processors(a_RK.device) * programs_per_processor
-    )
-    _grouped_matmul_kernel[(num_programs,)](
+    num_tiles = max_tiles * triton.cdiv(n, tile["BLOCK_N"])
+    _grouped_matmul_kernel[(num_programs(num_tiles, tile, a_RK.device),)](
         a_RK,
         b_ENK,
         a_scale_RC.contiguous(),
         b_scale_ENC,
         out_RN,
-        *operand_tiles(a_RK, b_ENK.flatten(0, 1), tile, chunk_size),
+        *operand_tiles(a_RK, b_rows, tile, chunk_size),
         tiles.table_4S,
         tiles.count_1,
         max_tiles,
@@ -218,15 +212,11 @@ def grouped_matmul(
         out_RN.stride(0),
         ONE_CHUNK=num_chunks == 1,
         SCALE_CHUNKS=num_scales > 1,
-        SUM_DTYPE=_sum_dtype(a_RK),
+        SUM_DTYPE=sum_dtype(a_RK),
         TILES_PER_STRIP=TILES_PER_STRIP,
         enable_fp_fusion=False,
         **tile,
     )
-
-
-def _sum_dtype(codes: torch.Tensor) -> tl.dtype:
-    return tl.int32 if codes.dtype == torch.int8 else tl.float32
 
 
 @triton.jit
@@ -273,11 +263,10 @@ def grouped_outer(
     padded_ends_E: torch.Tensor,
     out_EOI: torch.Tensor,
     tile: dict | None = None,
-    programs_per_processor: int = 1,
 ) -> None:
     """README eq. 6: contract each expert's padded rows of e4m3 codes; all tensors contiguous.
 
-    ``tile`` and ``programs_per_processor`` are for measurements and tests; BLOCK_K divides PADDING.
+    ``tile`` is for measurements and tests; BLOCK_K divides PADDING.
     """
     num_experts, num_outputs, num_inputs = out_EOI.shape
     # Experts differ in length, so the loop over tiles is not flattened and leaves memory for one more load in flight.
@@ -285,8 +274,7 @@ def grouped_outer(
     num_tiles = num_experts * triton.cdiv(num_outputs, tile["BLOCK_M"]) * triton.cdiv(num_inputs, tile["BLOCK_N"])
     if not num_tiles:
         return
-    num_programs = min(num_tiles, num_processors(a_OP.device) * programs_per_processor)
-    _grouped_outer_kernel[(num_programs,)](
+    _grouped_outer_kernel[(num_programs(num_tiles, tile, a_OP.device),)](
         *operand_tiles(a_OP, b_IP, tile, a_OP.shape[1]),
         a_scale_EO,
         out_EOI,

@@ -4,25 +4,17 @@ Contract  codes int8, scales fp32, last dimension contiguous; outputs are alloca
 Numerics  integer sums are exact; scales multiply in fp32 in the order of reference.py, without fused multiply-add, and
           are rounded once: the bits of the reference.
 Tiling    8-bit tensor cores take both operands with the contracted dimension contiguous only (sm_90), hence the
-          transposed copies (triton_columns.py). Tiles of operands come through the tensor memory accelerator where
-          ``operand_tiles`` says that it can read them, else through pointers.
+          transposed copies (triton_columns.py). Tiles: triton_tiles.py.
 Not here  FP8 products (torch._scaled_mm: float8_matmul.py), rounding of dY (triton_grad.py), checks (op.py).
 """
 
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
+
+from bitmoe_kernels.ternary_gemm.triton_tiles import TILES_PER_STRIP, num_programs, operand_tiles, product_tile
 
 # Shapes: M, N = rows of the two operands, K = contracted, C = scale chunks along K.
-
-# Tiles. A row of 128 codes is one swizzled row of shared memory; 8 warps are two warpgroups. 128 x 256 has 3/4 of the
-# L2 traffic of 128 x 128, but with several chunks the fp32 total takes as many registers as the sums: half the tile.
-WIDE_TILE = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 128, "num_warps": 8, "num_stages": 3}
-SQUARE_TILE = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 4}
-SHORT_TILE = {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
-# Tiles of m that are computed next to each other, so that a wave of programs shares its operands in L2.
-TILES_PER_STRIP = 8
 
 
 @triton.jit
@@ -107,23 +99,19 @@ def scaled_int8_matmul(
     chunk_size: int,
     out_MN: torch.Tensor,
     tile: dict | None = None,
-    programs_per_processor: int = 1,
 ) -> None:
     """out[m, n] = sum over chunks c, in order, of (sum over k in c of a * b) * a_scale[m, c] * b_scale[n, c].
 
     ``b_scale_NC`` may be expanded (stride 0). ``chunk_size`` is the number of k with one scale; the last chunk may be
-    shorter. ``tile`` and ``programs_per_processor`` are for measurements.
+    shorter. ``tile`` is for measurements and tests.
     """
     (m, k), n = a_MK.shape, len(b_NK)
     num_chunks = a_scale_MC.shape[1]
-    # A wide tile of fp32 results does not fit shared memory beside the loads in flight.
-    is_wide = num_chunks == 1 and out_MN.element_size() == 2
-    tile = tile or (SHORT_TILE if m <= SHORT_TILE["BLOCK_M"] else WIDE_TILE if is_wide else SQUARE_TILE)
+    tile = tile or product_tile(a_MK, b_NK, out_MN, chunk_size, 1)
     num_tiles = triton.cdiv(m, tile["BLOCK_M"]) * triton.cdiv(n, tile["BLOCK_N"])
-    num_programs = min(num_tiles, num_processors(a_MK.device) * programs_per_processor)
     if not num_tiles:
         return
-    _scaled_int8_matmul_kernel[(num_programs,)](
+    _scaled_int8_matmul_kernel[(num_programs(num_tiles, tile, a_MK.device),)](
         a_MK,
         b_NK,
         a_scale_MC.contiguous(),
@@ -144,27 +132,3 @@ def scaled_int8_matmul(
         enable_fp_fusion=False,
         **tile,
     )
-
-
-def operand_tiles(
-    a_MK: torch.Tensor, b_NK: torch.Tensor, tile: dict, chunk_size: int
-) -> tuple[TensorDescriptor, TensorDescriptor] | tuple[None, None]:
-    """Descriptors of both operands' tiles for the tensor memory accelerator (1,381 instead of 1,202 FP8 TFLOP/s in the
-    grouped product of 64 experts, H200), or None where it cannot read them.
-
-    It wants rows that start at multiples of 16 bytes, and reads whole tiles: past a matrix it reads zeros, past a chunk
-    of k the next one's codes.
-    """
-    is_whole = chunk_size >= a_MK.shape[1] or chunk_size % tile["BLOCK_K"] == 0
-    is_aligned = all(x.numel() and x.stride(1) == 1 and not (x.stride(0) | x.data_ptr()) % 16 for x in (a_MK, b_NK))
-    if not (is_whole and is_aligned):
-        return None, None
-    return (
-        TensorDescriptor.from_tensor(a_MK, [tile["BLOCK_M"], tile["BLOCK_K"]]),
-        TensorDescriptor.from_tensor(b_NK, [tile["BLOCK_N"], tile["BLOCK_K"]]),
-    )
-
-
-def num_processors(device: torch.device) -> int:
-    """Streaming multiprocessors; 2 stand for them in Triton's interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

@@ -1,0 +1,92 @@
+"""Which tiles an 8-bit product is computed in, how many programs run at once, and how tiles of operands are read.
+
+Speeds are of an H200. A program of 8 warps alone on its processor leaves the tensor cores idle while it scales and
+writes its tile; two programs of 4 do that in turns, for twice the reads of operands.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+# Shapes: M, N = rows of the two operands, K = contracted.
+
+# A row of 128 codes is one swizzled row of shared memory. 128 x 256 has 3/4 of the L2 traffic of 128 x 128: the fastest
+# for FP8 (1,360 against 1,276 TFLOP/s in pairs, 64 experts), whose sums need no conversion.
+WIDE_TILE = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 128, "num_warps": 8, "num_stages": 3}
+# INT8 sums are converted at a quarter of the rate of other instructions: 1,467 instead of 1,263 TFLOP/s at K = 11008.
+PAIR_TILE = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
+# With several chunks the fp32 total takes as many registers as the sums: half the tile. In pairs INT8 chunks of 512
+# reach 842 instead of 648 TFLOP/s.
+SHORT_TILE = {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
+SQUARE_TILE = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 4}
+# Tiles of m that are computed next to each other, so that a wave of programs shares its operands in L2.
+TILES_PER_STRIP = 8
+
+_WARPS_A_PROCESSOR = 8
+
+
+def product_tile(a_MK: torch.Tensor, b_NK: torch.Tensor, out: torch.Tensor, chunk_size: int, num_matrices: int) -> dict:
+    """The tile for [M, K] x [N, K] of each of ``num_matrices``, which share the M rows.
+
+    Args:
+        a_MK: codes, int8 or e4m3.
+        b_NK: codes of one matrix, or of all of them.
+        out: [M, columns of one matrix].
+        chunk_size: number of k that are added before they are scaled or promoted.
+        num_matrices: 1, or experts.
+    """
+    is_int8, has_one_chunk = a_MK.dtype == torch.int8, chunk_size >= a_MK.shape[1]
+    if len(a_MK) <= SHORT_TILE["BLOCK_M"] * num_matrices or (is_int8 and not has_one_chunk):
+        return SHORT_TILE
+    # A wide tile of fp32 results does not fit shared memory beside the loads in flight.
+    if not has_one_chunk or out.element_size() != 2:
+        return SQUARE_TILE
+    # Pointers to two operands would not fit a pair's registers.
+    is_pair = is_int8 or _wastes_wide_tiles(out.shape[1])
+    return PAIR_TILE if is_pair and _reads_tiles(a_MK, b_NK, chunk_size) else WIDE_TILE
+
+
+def _wastes_wide_tiles(num_columns: int) -> bool:
+    """Whether wide tiles pad columns by more than the 6 % that they are faster."""
+    wide, narrow = (triton.cdiv(num_columns, tile["BLOCK_N"]) * tile["BLOCK_N"] for tile in (WIDE_TILE, PAIR_TILE))
+    return wide > 1.06 * narrow
+
+
+def operand_tiles(
+    a_MK: torch.Tensor, b_NK: torch.Tensor, tile: dict, chunk_size: int
+) -> tuple[TensorDescriptor, TensorDescriptor] | tuple[None, None]:
+    """Descriptors of both operands' tiles for the tensor memory accelerator (1,381 instead of 1,202 FP8 TFLOP/s in the
+    grouped product of 64 experts), or None where it cannot read them.
+
+    It wants rows that start at multiples of 16 bytes, and reads whole tiles: past a matrix it reads zeros, past a chunk
+    of k the next one's codes.
+    """
+    if not _reads_tiles(a_MK, b_NK, chunk_size, tile["BLOCK_K"]):
+        return None, None
+    return (
+        TensorDescriptor.from_tensor(a_MK, [tile["BLOCK_M"], tile["BLOCK_K"]]),
+        TensorDescriptor.from_tensor(b_NK, [tile["BLOCK_N"], tile["BLOCK_K"]]),
+    )
+
+
+def _reads_tiles(a_MK: torch.Tensor, b_NK: torch.Tensor, chunk_size: int, block_k: int = 128) -> bool:
+    is_whole = chunk_size >= a_MK.shape[1] or chunk_size % block_k == 0
+    return is_whole and all(
+        x.numel() and x.stride(1) == 1 and not (x.stride(0) | x.data_ptr()) % 16 for x in (a_MK, b_NK)
+    )
+
+
+def num_programs(num_tiles: int, tile: dict, device: torch.device) -> int:
+    """Persistent programs of a launch: what runs at once, or one for each tile if these are fewer."""
+    return min(num_tiles, _num_processors(device) * _WARPS_A_PROCESSOR // tile["num_warps"])
+
+
+def _num_processors(device: torch.device) -> int:
+    """Streaming multiprocessors; 2 stand for them in Triton's interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def sum_dtype(codes: torch.Tensor) -> tl.dtype:
+    """What products of these codes are added in."""
+    return tl.int32 if codes.dtype == torch.int8 else tl.float32
