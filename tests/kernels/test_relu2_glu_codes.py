@@ -60,7 +60,7 @@ def separately_rounded(dgate_up, expert_R, counts, w_scale, x_scale):
 
 @each_counts
 @with_or_without_gain
-@pytest.mark.parametrize("num_features", [20, 257, 800])
+@pytest.mark.parametrize("num_features", [20, 257, 800, 1100])
 def test_kernel_gives_what_its_steps_give(run_triton, num_features, has_gain, counts):
     arguments, w_scale, x_scale = make_case(14, num_features, counts, has_gain)
     grad, dgain = run_triton("relu2_glu_rounded_backward_triton", *arguments, w_scale.view(-1, 2), x_scale)

@@ -23,6 +23,7 @@ from bitmoe_kernels.ternary_gemm.triton_tiles import (
     num_programs,
     operand_tiles,
     product_tile,
+    result_tiles,
     sum_dtype,
 )
 
@@ -223,6 +224,7 @@ def grouped_matmul(
 def _grouped_outer_kernel(
     a_tiles,
     b_tiles,
+    out_tiles,
     a_scale_ptr,
     out_ptr,
     padded_ends_ptr,
@@ -252,8 +254,14 @@ def _grouped_outer_kernel(
             sums = tl.dot(a, b.T, sums)
         # Rows past the end are zeros and are not stored.
         sums *= tl.load(a_scale_ptr + expert * M + offs_m, mask=offs_m < M, other=0.0)[:, None]
-        out_ptrs = out_ptr + (expert.to(tl.int64) * M + offs_m)[:, None] * N + offs_n[None, :]
-        tl.store(out_ptrs, sums.to(out_ptr.dtype.element_ty), mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
+        result = sums.to(out_ptr.dtype.element_ty)
+        # Not past an expert's outputs: the next one's are there.
+        is_whole = False if out_tiles is None else (tile_m + 1) * BLOCK_M <= M
+        if is_whole:
+            out_tiles.store([expert * M + tile_m * BLOCK_M, tile_n * BLOCK_N], result)
+        else:
+            out_ptrs = out_ptr + (expert.to(tl.int64) * M + offs_m)[:, None] * N + offs_n[None, :]
+            tl.store(out_ptrs, result, mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
 
 
 def grouped_outer(
@@ -269,13 +277,13 @@ def grouped_outer(
     ``tile`` is for measurements and tests; BLOCK_K divides PADDING.
     """
     num_experts, num_outputs, num_inputs = out_EOI.shape
-    # Experts differ in length, so the loop over tiles is not flattened and leaves memory for one more load in flight.
-    tile = tile or {**WIDE_TILE, "num_stages": 4}
+    tile = tile or WIDE_TILE
     num_tiles = num_experts * triton.cdiv(num_outputs, tile["BLOCK_M"]) * triton.cdiv(num_inputs, tile["BLOCK_N"])
     if not num_tiles:
         return
     _grouped_outer_kernel[(num_programs(num_tiles, tile, a_OP.device),)](
         *operand_tiles(a_OP, b_IP, tile, a_OP.shape[1]),
+        result_tiles(out_EOI.flatten(0, 1), tile),
         a_scale_EO,
         out_EOI,
         padded_ends_E,

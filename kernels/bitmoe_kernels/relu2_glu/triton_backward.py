@@ -34,6 +34,8 @@ _WARPS_IN_FLIGHT = 2112
 """Warps of a backward launch: 16, with _REGISTERS a thread, on each of an H200's 132 processors, in one wave. More and
 smaller blocks of tokens would write more partial sums: 4 bytes a feature and block, beside 8 or 10 a feature and token.
 """
+_NARROW_TILE = {"BLOCK_ROWS": 1, "BLOCK_FEATURES": 512, "num_warps": 2}
+"""For 1,025 to 2,048 features: 8 a piece and thread, and nothing spilled (1,408: 0.39 ms instead of 0.46, H200)."""
 _SLOTS_A_STEP = 32
 _GAINS_A_PROGRAM = 64
 
@@ -81,7 +83,7 @@ def _run(dy_TF, gate_up_T2F, gain, rstd_TG, expert_R, num_experts: int, outputs:
     if not num_tokens:
         return None if dgain is None else dgain.zero_()
     groups = 1 if rstd_TG is None else rstd_TG.shape[-1]
-    tile = piece_tile(size // groups)
+    tile = _tile(size // groups)
     tokens_a_block = tile["BLOCK_ROWS"]
     if gain is not None:
         tokens_a_block *= triton.cdiv(num_tokens * groups * tile["num_warps"], _WARPS_IN_FLIGHT * tokens_a_block)
@@ -129,6 +131,12 @@ def _run(dy_TF, gate_up_T2F, gain, rstd_TG, expert_R, num_experts: int, outputs:
                 num_warps=4,
             )
     return dgain
+
+
+def _tile(num_features: int) -> dict[str, int]:
+    if not 1024 < num_features <= 2048:
+        return piece_tile(num_features)
+    return {"NUM_PIECES": triton.cdiv(num_features, _NARROW_TILE["BLOCK_FEATURES"]), **_NARROW_TILE}
 
 
 @triton.jit

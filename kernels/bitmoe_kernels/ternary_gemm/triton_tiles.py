@@ -70,11 +70,19 @@ def operand_tiles(
     )
 
 
+def result_tiles(out_MN: torch.Tensor, tile: dict) -> TensorDescriptor | None:
+    """The same to write results: they leave while the next tile is multiplied (1,187 -> 1,226 FP8 TFLOP/s in the weight
+    gradient of 64 experts). They take the memory of a load in flight: no pairs."""
+    return TensorDescriptor.from_tensor(out_MN, [tile["BLOCK_M"], tile["BLOCK_N"]]) if _is_aligned(out_MN) else None
+
+
 def _reads_tiles(a_MK: torch.Tensor, b_NK: torch.Tensor, chunk_size: int, block_k: int = 128) -> bool:
     is_whole = chunk_size >= a_MK.shape[1] or chunk_size % block_k == 0
-    return is_whole and all(
-        x.numel() and x.stride(1) == 1 and not (x.stride(0) | x.data_ptr()) % 16 for x in (a_MK, b_NK)
-    )
+    return is_whole and _is_aligned(a_MK) and _is_aligned(b_NK)
+
+
+def _is_aligned(x: torch.Tensor) -> bool:
+    return x.numel() > 0 and x.stride(1) == 1 and not (x.stride(0) * x.itemsize | x.data_ptr()) % 16
 
 
 def num_programs(num_tiles: int, tile: dict, device: torch.device) -> int:
