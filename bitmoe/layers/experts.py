@@ -31,7 +31,7 @@ from bitmoe.layers.quantize_input import (
 )
 from bitmoe.layers.sharding import ShardedParameters, mark_expert
 from bitmoe.quant.policy import split_groups
-from bitmoe.quant.ternary_codes import CodeCache, absmean_columns, absmean_rows
+from bitmoe.quant.ternary_codes import CodeCache, OwnBlocks, absmean_columns, absmean_rows
 from bitmoe_kernels.grouped_ternary_gemm import grouped_code_matmul, grouped_matmul, grouped_outer
 
 # Shapes: T = tokens of this rank, R = rows (token copies) sorted by local expert, E = local experts, H = hidden,
@@ -79,9 +79,14 @@ class RoutedExperts(torch.nn.Module, ShardedParameters):
         }
 
     def _fc1_with_scales(self):
-        return absmean_rows(self.fc1_weight.flatten(1, 2), self.scale_ids_O, 2 * self.num_groups, self.reduce_group)
+        weight_EOH, num_scales = self.fc1_weight.flatten(1, 2), 2 * self.num_groups
+        if self.reduce_group is None:
+            return OwnBlocks(weight_EOH, num_scales, 0)
+        return absmean_rows(weight_EOH, self.scale_ids_O, num_scales, self.reduce_group)
 
     def _fc2_with_scales(self):
+        if self.reduce_group is None:
+            return OwnBlocks(self.fc2_weight, self.num_groups, 1)
         return absmean_columns(self.fc2_weight, self.num_groups, self.reduce_group)
 
     def forward(self, x_TH: Quantized | torch.Tensor, dispatch: Dispatch | LocalDispatch) -> torch.Tensor:

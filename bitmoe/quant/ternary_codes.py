@@ -15,6 +15,7 @@ import torch.distributed as dist
 from bitmoe.quant.policy import QuantPolicy
 from bitmoe_kernels.weight_quant import (
     TernaryOperands,
+    absmean_operands,
     absmean_scale,
     absmean_sums,
     absmean_sums_by_id,
@@ -36,6 +37,17 @@ class WeightOperands(NamedTuple):
     """fp32, of each output row [O] or [E, O], or of each group of input columns [G] or [E, G]."""
 
 
+class OwnBlocks(NamedTuple):
+    """A weight whose scales are each of one block, all of it on this rank."""
+
+    weight_EOI: torch.Tensor
+    """[O, I], or one per expert [E, O, I]."""
+    groups: int
+    """Equal blocks of a matrix."""
+    dim: int
+    """0 for blocks of rows, 1 of columns."""
+
+
 class CodeCache:
     """Codes and scale of one parameter, made again only when the policy's epoch moved or another layout is wanted.
 
@@ -45,10 +57,13 @@ class CodeCache:
     Args:
         policy: whose epoch tells that parameters changed.
         role: linear role the codes are counted under.
-        make: returns the parameter's present value and its scales, as ``absmean_rows`` and ``absmean_columns`` do.
+        make: returns the parameter's present value and its scales, as ``absmean_rows`` and ``absmean_columns`` do, or
+            how it is cut into blocks that this rank scales alone.
     """
 
-    def __init__(self, policy: QuantPolicy, role: str, make: Callable[[], tuple[torch.Tensor, torch.Tensor]]):
+    def __init__(
+        self, policy: QuantPolicy, role: str, make: Callable[[], "tuple[torch.Tensor, torch.Tensor] | OwnBlocks"]
+    ):
         self._policy, self._role, self._make = policy, role, make
         self.epoch = -1
         self._codes: TernaryOperands | None = None
@@ -72,18 +87,24 @@ class CodeCache:
         is_new = self.epoch != self._policy.epoch
         if is_new or not self._holds(row_dtype, with_columns):
             with torch.no_grad():
-                weight, scale = self._make()
-            dim = 1 if scale.shape[-2] == 1 else 0
-            self._keep_scale(scale.flatten(-2))
-            self._codes = ternary_operands(weight, self._scale, dim, row_dtype, with_columns, former=self._codes)
+                scale, self._codes = self._made(row_dtype, with_columns)
+            # At one address, for recorded passes.
+            self._scale = scale if self._scale is None else self._scale.copy_(scale)
             if is_new:
                 self._policy.statistics.add_weights(self._role, self._codes.counts)
             self.epoch = self._policy.epoch
         return WeightOperands(self._codes.rows, self._codes.columns, self._scale)
 
-    def _keep_scale(self, scale: torch.Tensor) -> None:
-        # At one address, for recorded passes.
-        self._scale = scale if self._scale is None else self._scale.copy_(scale)
+    def _made(self, row_dtype: torch.dtype, with_columns: bool) -> tuple[torch.Tensor, TernaryOperands]:
+        """Scales and codes of the present value."""
+        layout, made = (row_dtype, with_columns, self._codes), self._make()
+        if isinstance(made, OwnBlocks):
+            scale, codes = absmean_operands(*made, *layout)
+            repeats = made.weight_EOI.shape[-2] // made.groups if made.dim == 0 else 1
+            return scale.repeat_interleave(repeats, -1), codes
+        weight, scale = made
+        dim, scale = 1 if scale.shape[-2] == 1 else 0, scale.flatten(-2)
+        return scale, ternary_operands(weight, scale, dim, *layout)
 
     def _holds(self, row_dtype: torch.dtype, with_columns: bool) -> bool:
         return self._codes.rows.dtype == row_dtype and not (with_columns and self._codes.columns is None)

@@ -95,12 +95,13 @@ def products(hidden, ffn, groups, heads, dtype):
 
 def weights(hidden, ffn, groups, heads, dtype):
     """Scales and codes of weights."""
-    from bitmoe_kernels.weight_quant.triton_kernels import (
+    from bitmoe_kernels.weight_quant.triton_absmean import (
         absmean_scale_triton,
         absmean_sums_by_id_triton,
         absmean_sums_triton,
-        ternary_operands_triton,
     )
+    from bitmoe_kernels.weight_quant.triton_one_launch import absmean_operands_triton
+    from bitmoe_kernels.weight_quant.triton_operands import ternary_operands_triton
 
     w = torch.ones(NUM_EXPERTS, hidden, ffn, dtype=dtype)
     ids = torch.arange(hidden) % groups
@@ -111,6 +112,7 @@ def weights(hidden, ffn, groups, heads, dtype):
     for row_dtype in (torch.int8, FLOAT8):
         former = ternary_operands_triton(w, torch.ones(NUM_EXPERTS, groups), -1, row_dtype, True, former)[:2]
     ternary_operands_triton(w, scale, -2, FLOAT8, True)
+    absmean_operands_triton(w, 1, FLOAT8, True, former)
 
 
 def rest(hidden, ffn, groups, heads, dtype):

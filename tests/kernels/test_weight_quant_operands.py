@@ -5,11 +5,14 @@ Sums by id are here, too: they and the operands are what training uses.
 
 # Shapes: O = output rows, P = O padded to a multiple of 16, I = input columns, E = experts, G = groups, S = scales.
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from bitmoe_kernels.weight_quant import (
     TernaryOperands,
+    absmean_operands,
     absmean_scale,
     absmean_sums,
     absmean_sums_by_id,
@@ -19,6 +22,7 @@ from bitmoe_kernels.weight_quant import (
 from bitmoe_kernels.weight_quant.reference import (
     absmean_scale_reference,
     absmean_sums_by_id_reference,
+    absmean_sums_reference,
     ternary_operands_reference,
 )
 
@@ -43,9 +47,9 @@ each_row_dtype = pytest.mark.parametrize("row_dtype", [torch.int8, E4M3], ids=st
 @pytest.fixture
 def kernels(triton_device, poison):
     """The functions under test, imported when the interpreter has been chosen; their memory starts as garbage."""
-    from bitmoe_kernels.weight_quant import triton_kernels
+    from bitmoe_kernels.weight_quant import triton_absmean, triton_one_launch, triton_operands
 
-    return triton_kernels
+    return SimpleNamespace(**vars(triton_absmean) | vars(triton_operands) | vars(triton_one_launch))
 
 
 def gaussian(*shape: int, seed: int = 3, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -126,6 +130,55 @@ def test_former_memory_is_used_again_where_it_fits(
     assert (got[0].data_ptr() == former[0].data_ptr()) == (row_dtype == former_dtype)
     if with_columns and former_columns:
         assert got[1].data_ptr() == former[1].data_ptr()
+
+
+@each_dtype
+@pytest.mark.parametrize(
+    ("shape", "groups"), [((3, 6, 9), 1), ((5, 64, 33), 2), ((2, 2, 17, 300), 1), ((1, 160, 700), 5), ((4, 1, 1), 1)]
+)
+def test_one_launch_equals_its_steps(kernels, triton_device, dtype, shape, groups):
+    """Scales and codes of many matrices, or blocks of their rows, over two values of the weights."""
+    tile, former_rows, former = {"BLOCK_O": 32, "BLOCK_I": 64, "num_warps": 4}, None, None
+    for seed in (4, 5):
+        w_OI = gaussian(*shape, seed=seed, dtype=dtype) * (1 + torch.arange(shape[0]).view(-1, *[1] * (len(shape) - 1)))
+        w_OI = w_OI.to(dtype)
+        wanted_G = absmean_scale_reference(absmean_sums_reference(w_OI, groups, -2), shape[-1] * shape[-2] // groups)
+        wanted = ternary_operands_reference(w_OI, wanted_G, -2, E4M3, True, former_rows)
+        got_G, *got = kernels.absmean_operands_triton(w_OI.to(triton_device), groups, E4M3, True, former, tile)
+        assert_same_bits([got_G, *got], [wanted_G, *wanted])
+        former_rows, former = wanted[0], got[:2]
+
+
+def test_one_launch_of_a_matrix_that_is_not_finite(kernels, triton_device):
+    w_EOI = gaussian(4, 20, 12)
+    w_EOI[1, 0, 0], w_EOI[2, 1, 1] = float("nan"), float("inf")
+    scale_E1, rows, _, _ = kernels.absmean_operands_triton(w_EOI.to(triton_device), 1, torch.int8, False)
+    assert scale_E1.flatten().isnan().tolist() == [False, True, True, False]
+    assert rows.flatten(1).any(1).tolist() == [True, False, False, True]
+
+
+def test_which_weights_take_one_launch(kernels):
+    """Several units, none too large, of whole tiles."""
+    takes = kernels.takes_one_launch
+    w_EOI = torch.empty(4, 256, 24)
+    assert takes(w_EOI, 1, -1)
+    assert takes(w_EOI, 2, -2)
+    assert not takes(w_EOI, 2, -1)
+    assert not takes(w_EOI, 4, -2)  # half a tile
+    assert not takes(w_EOI[:2], 1, -1)
+    assert not takes(w_EOI[:0], 1, -1)
+    assert not takes(torch.empty(4, 2048, 2048), 1, -1)
+
+
+@pytest.mark.parametrize(("groups", "dim"), [(1, 0), (2, 0), (4, 1)])
+def test_absmean_operands_are_its_steps(groups, dim):
+    w_EOI = gaussian(3, 8, 12, dtype=torch.bfloat16)
+    former = absmean_operands(-w_EOI, groups, dim, torch.int8, True)[1]
+    scale_G, operands = absmean_operands(w_EOI, groups, dim, torch.int8, True, former)
+    wanted_G = absmean_scale(absmean_sums(w_EOI, groups, dim), 96 // groups)
+    assert_same_bits(
+        [scale_G, *operands], [wanted_G, *ternary_operands(w_EOI, wanted_G, dim, torch.int8, True, former)]
+    )
 
 
 def test_two_runs_are_equal(kernels, triton_device):
@@ -255,3 +308,20 @@ def test_operands_on_a_gpu_equal_cpu(row_dtype):
             gpu_former = ternary_operands(w_OI.cuda(), gpu_scale_O, 0, row_dtype, True, gpu_former)
             assert isinstance(gpu_former, TernaryOperands)
             assert_same_bits(gpu_former, former)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("shape", "groups"), [((64, 2048, 1408), 1), ((64, 2816, 2048), 2), ((8, 100, 5460), 1)])
+def test_one_launch_on_a_gpu_equals_its_steps(shape, groups):
+    """Experts of real models, over two values of the weights, ten times: programs wait for each other."""
+    from bitmoe_kernels.weight_quant import triton_one_launch
+
+    former = wanted_former = None
+    for seed in range(10):
+        generator = torch.Generator("cuda").manual_seed(seed)
+        w_OI = torch.randn(*shape, device="cuda", dtype=torch.bfloat16, generator=generator)
+        assert triton_one_launch.takes_one_launch(w_OI, groups, -2)
+        wanted_G = absmean_scale(absmean_sums(w_OI, groups), shape[-1] * shape[-2] // groups)
+        wanted_former = ternary_operands(w_OI, wanted_G, 0, E4M3, True, wanted_former)
+        scale_G, former = absmean_operands(w_OI, groups, 0, E4M3, True, former)
+        assert_same_bits([scale_G, *former], [wanted_G, *wanted_former])

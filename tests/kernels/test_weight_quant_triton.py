@@ -3,6 +3,7 @@
 # Shapes: O = output rows, I = input columns, E = experts, G = groups.
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -38,9 +39,9 @@ pytestmark = pytest.mark.usefixtures("poison")
 @pytest.fixture
 def kernels(triton_device):
     """The functions under test, imported when the interpreter has been chosen."""
-    from bitmoe_kernels.weight_quant import triton_kernels
+    from bitmoe_kernels.weight_quant import triton_absmean, triton_operands
 
-    return triton_kernels
+    return SimpleNamespace(**vars(triton_absmean) | vars(triton_operands))
 
 
 def gaussian(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

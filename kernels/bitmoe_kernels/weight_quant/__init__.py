@@ -2,6 +2,7 @@
 
 from bitmoe_kernels.weight_quant.op import (
     TernaryOperands,
+    absmean_operands,
     absmean_scale,
     absmean_sums,
     absmean_sums_by_id,
@@ -12,6 +13,7 @@ from bitmoe_kernels.weight_quant.op import (
 
 __all__ = [
     "TernaryOperands",
+    "absmean_operands",
     "absmean_scale",
     "absmean_sums",
     "absmean_sums_by_id",

@@ -83,7 +83,7 @@ def absmean_sums(w_OI: torch.Tensor, groups: int = 1, dim: int = 0) -> torch.Ten
     axis = _matrix_axis(w_OI, dim)
     check_groups(groups, w_OI.shape[axis], _AXIS_NAMES[axis])
     if runs_triton(w_OI):
-        return _triton_kernels().absmean_sums_triton(w_OI, groups, axis)
+        return _triton_absmean().absmean_sums_triton(w_OI, groups, axis)
     sums_G = absmean_sums_reference(w_OI, groups, axis)
     raise_on_nonfinite(sums_G, w_OI, "w")
     return sums_G
@@ -110,7 +110,7 @@ def absmean_sums_by_id(
     _matrix_axis(w_OI, 0)
     _check_ids(scale_ids_O, w_OI.shape[-2])
     if runs_triton(w_OI):
-        return _triton_kernels().absmean_sums_by_id_triton(w_OI, scale_ids_O, num_scales)
+        return _triton_absmean().absmean_sums_by_id_triton(w_OI, scale_ids_O, num_scales)
     sums_S, counts_S = absmean_sums_by_id_reference(w_OI, scale_ids_O, num_scales)
     raise_on_nonfinite(sums_S, w_OI, "w")
     return sums_S, counts_S
@@ -144,7 +144,7 @@ def absmean_scale(
     if scale_ids_O is not None:
         _check_ids(scale_ids_O)
     if on_triton_device(sums_G):
-        return _triton_kernels().absmean_scale_triton(sums_G, count, scale_ids_O)
+        return _triton_absmean().absmean_scale_triton(sums_G, count, scale_ids_O)
     scale_G = absmean_scale_reference(sums_G, count)
     raise_on_nonfinite(scale_G, sums_G, "sums")
     return scale_G if scale_ids_O is None else scale_G[..., scale_ids_O]
@@ -204,16 +204,61 @@ def ternary_operands(
             f"it must be {[*w_OI.shape[:-2], 'groups']}"
         )
     check_groups(scale_G.shape[-1], w_OI.shape[axis], _AXIS_NAMES[axis])
+    _check_layout(w_OI, row_dtype, former)
+    raise_on_nonfinite(w_OI, w_OI, "w")
+    raise_on_nonfinite(scale_G, scale_G, "scale")
+    return _operands(w_OI, scale_G, axis, row_dtype, with_columns, former)
+
+
+@torch.no_grad()
+def absmean_operands(
+    w_OI: torch.Tensor,
+    groups: int = 1,
+    dim: int = 0,
+    row_dtype: torch.dtype = torch.int8,
+    with_columns: bool = False,
+    former: TernaryOperands | None = None,
+) -> tuple[torch.Tensor, TernaryOperands]:
+    """Scales of weights that no other rank has a share in, and their codes.
+
+    :func:`absmean_sums`, :func:`absmean_scale` and :func:`ternary_operands` together; for many small matrices, such as
+    experts, a GPU does it in one launch that reads them once.
+
+    Args:
+        w_OI: weights [..., O, I].
+        groups: number G of equal contiguous blocks, each with one scale.
+        dim: the matrix axis of the groups, as in :func:`ternarize`.
+        row_dtype: as in :func:`ternary_operands`, and likewise ``with_columns`` and ``former``.
+
+    Returns:
+        scale fp32 [..., G], and the operands.
+
+    Raises:
+        TypeError, ValueError: as those functions.
+    """
+    axis = _matrix_axis(w_OI, dim)
+    check_groups(groups, w_OI.shape[axis], _AXIS_NAMES[axis])
+    _check_layout(w_OI, row_dtype, former)
+    if runs_triton(w_OI):
+        from bitmoe_kernels.weight_quant import triton_one_launch
+
+        if triton_one_launch.takes_one_launch(w_OI, groups, axis):
+            memory = None if former is None else former[:2]
+            run = triton_one_launch.absmean_operands_triton
+            scale_G, *operands = run(w_OI, groups, row_dtype, with_columns, memory)
+            return scale_G, TernaryOperands(*operands)
+    scale_G = absmean_scale(absmean_sums(w_OI, groups, dim), w_OI.shape[-2] * w_OI.shape[-1] // groups)
+    return scale_G, _operands(w_OI, scale_G, axis, row_dtype, with_columns, former)
+
+
+def _check_layout(w_OI: torch.Tensor, row_dtype: torch.dtype, former: TernaryOperands | None) -> None:
     if row_dtype not in CODE_DTYPES:
         raise TypeError(f"row_dtype must be int8 or float8_e4m3fn, got {row_dtype}")
     if former is not None and (former.rows.shape != w_OI.shape or former.rows.device != w_OI.device):
         raise ValueError(
             f"former codes {list(former.rows.shape)} on {former.rows.device} are not those of w {list(w_OI.shape)} "
-            f"on {w_OI.device}: pass what ternary_operands returned for the same weights"
+            f"on {w_OI.device}: pass what was returned for the same weights"
         )
-    raise_on_nonfinite(w_OI, w_OI, "w")
-    raise_on_nonfinite(scale_G, scale_G, "scale")
-    return _operands(w_OI, scale_G, axis, row_dtype, with_columns, former)
 
 
 def _operands(
@@ -225,18 +270,20 @@ def _operands(
     former: TernaryOperands | None,
 ) -> TernaryOperands:
     if runs_triton(w_OI) and scale_G.dtype == torch.float32:
+        from bitmoe_kernels.weight_quant import triton_operands
+
         memory = None if former is None else former[:2]
-        run = _triton_kernels().ternary_operands_triton
+        run = triton_operands.ternary_operands_triton
         return TernaryOperands(*run(w_OI, scale_G, axis, row_dtype, with_columns, memory))
     former_rows = None if former is None else former.rows
     return TernaryOperands(*ternary_operands_reference(w_OI, scale_G, axis, row_dtype, with_columns, former_rows))
 
 
-def _triton_kernels():
+def _triton_absmean():
     # Imported at the first use: not every machine has Triton.
-    from bitmoe_kernels.weight_quant import triton_kernels
+    from bitmoe_kernels.weight_quant import triton_absmean
 
-    return triton_kernels
+    return triton_absmean
 
 
 def _matrix_axis(w_OI: torch.Tensor, dim: int) -> int:
