@@ -82,6 +82,8 @@ def products(hidden, ffn, groups, heads, dtype):
     columns = torch.ones(ffn, num_columns, dtype=torch.int8).view(FLOAT8)
     dw = torch.ones(NUM_EXPERTS, ffn, ffn, dtype=dtype)
     grouped_outer(columns, torch.ones(NUM_EXPERTS, ffn), columns, ends, dw)
+    odd = ffn - 3  # rows that no descriptor describes
+    grouped_outer(columns[:odd], torch.ones(NUM_EXPERTS, odd), columns[:odd], ends, dw[:, :odd, :odd].contiguous())
     tiles = row_tiles(ends, num_columns, 128, cover_padding=True)
     for powers in ((), (one, torch.ones(NUM_EXPERTS))):
         transpose_codes(x8, columns, *powers)

@@ -255,13 +255,16 @@ def _grouped_outer_kernel(
         # Rows past the end are zeros and are not stored.
         sums *= tl.load(a_scale_ptr + expert * M + offs_m, mask=offs_m < M, other=0.0)[:, None]
         result = sums.to(out_ptr.dtype.element_ty)
-        # Not past an expert's outputs: the next one's are there.
-        is_whole = False if out_tiles is None else (tile_m + 1) * BLOCK_M <= M
-        if is_whole:
-            out_tiles.store([expert * M + tile_m * BLOCK_M, tile_n * BLOCK_N], result)
+        out_ptrs = out_ptr + (expert.to(tl.int64) * M + offs_m)[:, None] * N + offs_n[None, :]
+        mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+        if out_tiles is None:
+            tl.store(out_ptrs, result, mask=mask)
         else:
-            out_ptrs = out_ptr + (expert.to(tl.int64) * M + offs_m)[:, None] * N + offs_n[None, :]
-            tl.store(out_ptrs, result, mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
+            # Not past an expert's outputs: the next one's are there.
+            if (tile_m + 1) * BLOCK_M <= M:
+                out_tiles.store([expert * M + tile_m * BLOCK_M, tile_n * BLOCK_N], result)
+            else:
+                tl.store(out_ptrs, result, mask=mask)
 
 
 def grouped_outer(
