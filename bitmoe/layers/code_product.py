@@ -103,10 +103,10 @@ def activated_gradients(
         num_groups: scales of each of the two.
     """
     if weight.columns is None or x_codes_TI.dtype == torch.int8 or num_groups > 1:
-        dgate_up_T2F, dgain = relu2_glu_quantize_backward(dy_TF, gate_up_T2F, gain_F, rstd_TG)
+        dgate_up_T2F, dgain, _ = relu2_glu_quantize_backward(dy_TF, gate_up_T2F, gain_F, rstd_TG)
         return *gradients(dgate_up_T2F, x_codes_TI, x_scale_T1, weight, is_column=True), dgain
     w_scale_2 = weight.scale.unflatten(0, (2, -1))[:, 0]
-    grad, dgain = relu2_glu_quantize_backward_codes(dy_TF, gate_up_T2F, gain_F, rstd_TG, w_scale_2, x_scale_T1)
+    grad, dgain, _ = relu2_glu_quantize_backward_codes(dy_TF, gate_up_T2F, gain_F, rstd_TG, w_scale_2, x_scale_T1)
     grad, dtype = QuantizedGrad(*grad), dy_TF.dtype
     return input_grad(grad, weight.columns).to(dtype), weight_grad(grad, x_codes_TI, weight.scale).to(dtype), dgain
 

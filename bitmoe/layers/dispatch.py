@@ -1,9 +1,10 @@
 """One trip of tokens to their experts and back, over megatron-core's all-to-all dispatcher.
 
 The dispatcher permutes, exchanges and sorts rows of any dtype and width, so codes travel in the bytes that ``CodeWire``
-makes of them, with their scale where the dispatcher expects probabilities: a quarter of bf16's bytes in 4-bit formats,
-bit for bit the same result, because an expert's input is exactly those codes. Probabilities stay at home and multiply
-what comes back: applied in front of a sub-norm they would cancel and the router would not learn.
+makes of them: a quarter of bf16's bytes in 4-bit formats, bit for bit the same result, because an expert's input is
+exactly those codes. Scale and routing probability travel as the two parts of a complex number where the dispatcher
+expects the probability alone. Experts multiply with it behind their sub-norm (in front it would cancel, and the router
+would not learn); what comes home is added as it is.
 
 A dispatcher keeps the splits of its last call in itself; ``Dispatch`` copies it per forward, so that several
 micro-batches can be in flight (pipelines) and the backward pass uses the splits of its own forward. It waits for the
@@ -38,27 +39,32 @@ class Dispatch:
         self.expert_R: torch.Tensor | None = None
 
     @torch.no_grad()
-    def send(self, x_TH: torch.Tensor, scale_T1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Bring rows and their scales to the ranks of their experts, sorted by local expert.
+    def send(
+        self, x_TH: torch.Tensor, scale_T1: torch.Tensor, probs_TE: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Bring rows, their scales and their probabilities to the ranks of their experts, sorted by local expert.
 
         Args:
             x_TH: codes of this rank's tokens in the format of the wire, or values, [T, H].
-            scale_T1: one number that travels with each token, [T, 1].
+            scale_T1: one number that travels with each token, [T, 1], fp32 or fp64.
+            probs_TE: routing probabilities, [T, E].
 
         Returns:
-            rows [R, H] and their scales [R, 1]. On their device are then ``ends_E`` (int32 [E], rows of this local
-            expert and of those in front of it) and ``expert_R`` (int32 [R], the local expert of each row).
+            rows [R, H], their scales [R, 1] and their probabilities [R, 1]. On their device are then ``ends_E``
+            (int32 [E], rows of this local expert and of those in front of it) and ``expert_R`` (int32 [R], the local
+            expert of each row).
         """
-        dispatcher = self._dispatcher
-        scale_TE = scale_T1.expand_as(self._routing_map_TE)
-        rows, scales = dispatcher.dispatch_preprocess(self._wire.sent(x_TH), self._routing_map_TE, scale_TE)
+        dispatcher, dtype = self._dispatcher, torch.promote_types(scale_T1.dtype, probs_TE.dtype)
+        pairs_TE = torch.complex(scale_T1.to(dtype).expand_as(probs_TE).contiguous(), probs_TE.to(dtype))
+        rows, pairs = dispatcher.dispatch_preprocess(self._wire.sent(x_TH), self._routing_map_TE, pairs_TE)
         # What comes home later is as wide as the tokens were, not as what is sent.
         dispatcher.hidden_shape = dispatcher.hidden_shape_before_permute = x_TH.shape
-        rows, scales = dispatcher.token_dispatch(rows, scales)
-        rows, counts_E, scale_R = dispatcher.dispatch_postprocess(rows, scales)
+        rows, pairs = dispatcher.token_dispatch(rows, pairs)
+        rows, counts_E, pairs_R = dispatcher.dispatch_postprocess(rows, pairs)
         rows_RH = self._wire.received(rows, x_TH)
         self._set_experts(torch.as_tensor(counts_E), rows_RH)
-        return rows_RH, scale_R.unsqueeze(-1)
+        scale_R, probs_R = pairs_R.real.to(scale_T1.dtype), pairs_R.imag.to(probs_TE.dtype)
+        return rows_RH, scale_R.unsqueeze(-1), probs_R.unsqueeze(-1)
 
     def _set_experts(self, counts_E: torch.Tensor, rows_RH: torch.Tensor) -> None:
         """Keep which rows are which local expert's."""
@@ -68,27 +74,37 @@ class Dispatch:
         self.expert_R = experts_E.repeat_interleave(counts_E, output_size=len(rows_RH))
 
     @torch.no_grad()
-    def send_back(self, grad_RH: torch.Tensor) -> torch.Tensor:
-        """The adjoint of ``send``: bring gradients of rows home and add those of one token, [T, H]."""
-        dispatcher = copy.copy(self._dispatcher)
-        dispatcher.probs = grad_RH
-        rows = dispatcher.token_combine(dispatcher.combine_preprocess(grad_RH))
-        return dispatcher.combine_postprocess(rows)
+    def send_back(self, grad_RH: torch.Tensor, grad_probs_R1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The adjoint of ``send``: bring gradients of rows home and add those of one token, [T, H].
 
-    def combine(self, y_RH: torch.Tensor, probs_TE: torch.Tensor) -> torch.Tensor:
-        """Bring experts' outputs home and add them weighted by the routing probabilities, [T, H]; differentiable.
-
-        Partial outputs of experts split over ranks (ETP) are added on the way, before the probabilities multiply.
+        Those of the probabilities, [T, E], are added over ranks that share an expert (ETP), as rows are.
         """
-        dispatcher = copy.copy(self._dispatcher)
-        rows = dispatcher.token_combine(dispatcher.combine_preprocess(y_RH))
+        grad_TH = self._dispatcher.combine_postprocess(self._brought_home(grad_RH))
+        grad_probs_N = self._brought_home(grad_probs_R1).squeeze(-1)
+        grad_probs_ET = grad_probs_N.new_zeros(self._routing_map_TE.T.shape)
+        return grad_TH, grad_probs_ET.masked_scatter_(self._routing_map_TE.T, grad_probs_N).T
+
+    def combine(self, y_RH: torch.Tensor) -> torch.Tensor:
+        """Bring experts' outputs, which are weighted already, home and add them, [T, H]; differentiable.
+
+        Partial outputs of experts split over ranks (ETP) are added on the way.
+        """
+        ones_TE = self._routing_map_TE.to(torch.promote_types(y_RH.dtype, torch.float32))
         return unpermute(
-            rows,
-            dispatcher.reversed_local_input_permutation_mapping,
-            restore_shape=dispatcher.hidden_shape_before_permute,
-            probs=probs_TE,
+            self._brought_home(y_RH),
+            self._dispatcher.reversed_local_input_permutation_mapping,
+            restore_shape=self._dispatcher.hidden_shape_before_permute,
+            # Without them bf16 would be added in bf16.
+            probs=ones_TE,
             routing_map=self._routing_map_TE,
         )
+
+    def _brought_home(self, y_RH: torch.Tensor) -> torch.Tensor:
+        """Rows back on the ranks of their tokens, in the order in which they left."""
+        dispatcher = copy.copy(self._dispatcher)
+        # Ranks that share an expert add in the dtype of this.
+        dispatcher.probs = y_RH
+        return dispatcher.token_combine(dispatcher.combine_preprocess(y_RH))
 
 
 def make_dispatch(

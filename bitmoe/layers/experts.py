@@ -1,8 +1,9 @@
 """Routed experts: ternary gated FFNs with scales of their own, multiplied as grouped products.
 
 Dispatch is one autograd function with the first product: a token is quantized once, where it lives; codes travel; the
-backward pass brings bf16 (or fp32) gradients home. Expert parallelism cuts whole experts over
-ranks, expert tensor parallelism the inner features of each.
+backward pass brings bf16 (or fp32) gradients home. The routing probability multiplies the input of the second product
+(the scale of its codes), whose output is then weighted. Expert parallelism cuts whole experts over ranks, expert
+tensor parallelism the inner features of each.
 """
 
 import torch
@@ -17,6 +18,7 @@ from bitmoe.layers.grouped_code_product import (
     grouped_activated_gradients,
     grouped_gradients,
     grouped_scaled_product,
+    spread_gradients,
 )
 from bitmoe.layers.local_dispatch import LocalDispatch
 from bitmoe.layers.main_grad import into_main_grad
@@ -89,34 +91,42 @@ class RoutedExperts(torch.nn.Module, ShardedParameters):
             return OwnBlocks(self.fc2_weight, self.num_groups, 1)
         return absmean_columns(self.fc2_weight, self.num_groups, self.reduce_group)
 
-    def forward(self, x_TH: Quantized | torch.Tensor, dispatch: Dispatch | LocalDispatch) -> torch.Tensor:
-        """Send this rank's tokens to their experts and compute there.
+    def forward(
+        self, x_TH: Quantized | torch.Tensor, dispatch: Dispatch | LocalDispatch, probs_TE: torch.Tensor
+    ) -> torch.Tensor:
+        """Send this rank's tokens to their experts, compute there, bring outputs home and add them, weighted.
 
         Args:
             x_TH: normalized tokens of this rank, [T, H], quantized if weights are.
             dispatch: the trip to take.
+            probs_TE: routing probabilities, [T, E].
 
         Returns:
-            Outputs on the experts' ranks, [R, H], partial over etp; ``dispatch.combine`` brings them home.
+            [T, H].
         """
         if not self.policy.is_ternary:
-            gate_up = _PlainDispatchedProduct.apply(x_TH, self.fc1_weight.flatten(1, 2), dispatch)
-            return _PlainExpertProduct.apply(self._normalized(gate_up, dispatch), self.fc2_weight, dispatch.ends_E)
+            gate_up, probs_R1 = _PlainDispatchedProduct.apply(x_TH, probs_TE, self.fc1_weight.flatten(1, 2), dispatch)
+            x_RF = self._normalized(gate_up, dispatch)
+            x_RF = (x_RF * probs_R1).to(x_RF.dtype)
+            return dispatch.combine(_PlainExpertProduct.apply(x_RF, self.fc2_weight, dispatch.ends_E))
         policy = self.policy
         if isinstance(x_TH, torch.Tensor):
             x_TH = quantize_rows(x_TH, "gate_up", policy)
         operands = self.fc1_cache.operands(x_TH.codes_TD.dtype, policy.is_backward_8bit)
-        x_RF = self._down_input((*x_TH, self.fc1_weight, operands, dispatch), dispatch)
+        x_RF = self._down_input((*x_TH, probs_TE, self.fc1_weight, operands, dispatch), dispatch)
         operands = self.fc2_cache.operands(torch.int8, policy.is_backward_8bit)
-        return _ExpertProduct.apply(*x_RF, self.fc2_weight, operands, dispatch, self.reduce_group)
+        if isinstance(dispatch, LocalDispatch) and policy.is_backward_8bit:
+            return _SummedProduct.apply(*x_RF, self.fc2_weight, operands, dispatch)
+        return dispatch.combine(_ExpertProduct.apply(*x_RF, self.fc2_weight, operands, dispatch, self.reduce_group))
 
     def _down_input(self, product: tuple, dispatch: Dispatch | LocalDispatch) -> Quantized:
         """Product with gate and up, activation, sub-norm and quantization; one function where groups are whole."""
         if self.activation is Activation.relu2_glu and self.reduce_group is None:
             down = DownInput(self.eps, self.policy, self.num_groups, self.is_source_kept)
             return Quantized(*_ActivatedProduct.apply(*product, self.sub_norm_weight, down))
-        x_RF = self._normalized(_DispatchedProduct.apply(*product), dispatch)
-        return quantize_groups(x_RF, "down", self.policy, self.num_groups, self.reduce_group)
+        gate_up, probs_R1 = _DispatchedProduct.apply(*product)
+        where = self.num_groups, self.reduce_group, probs_R1
+        return quantize_groups(self._normalized(gate_up, dispatch), "down", self.policy, *where)
 
     def _normalized(self, gate_up: torch.Tensor, dispatch: Dispatch | LocalDispatch) -> torch.Tensor:
         """Activation and sub-norm, where there is one."""
@@ -148,18 +158,19 @@ class _PlainDispatchedProduct(torch.autograd.Function):
     """Dispatch, multiply by gate and up; gradients come home along the same way. Unquantized."""
 
     @staticmethod
-    def forward(ctx, x_TH, w_EOH, dispatch):
-        rows_RH, _ = dispatch.send(x_TH, torch.ones_like(x_TH[:, :1], dtype=torch.float32))
+    def forward(ctx, x_TH, probs_TE, w_EOH, dispatch):
+        ones_T1 = torch.ones_like(x_TH[:, :1], dtype=torch.float32)
+        rows_RH, _, probs_R1 = dispatch.send(x_TH, ones_T1, probs_TE)
         ctx.dispatch = dispatch
         ctx.save_for_backward(rows_RH, w_EOH)
-        return grouped_matmul(rows_RH, w_EOH.transpose(1, 2), dispatch.ends_E)
+        return grouped_matmul(rows_RH, w_EOH.transpose(1, 2), dispatch.ends_E), probs_R1
 
     @staticmethod
-    def backward(ctx, grad_RO):
+    def backward(ctx, grad_RO, grad_probs_R1):
         rows_RH, w_EOH = ctx.saved_tensors
         ends_E, grad_RO = ctx.dispatch.ends_E, grad_RO.contiguous()
-        grad_TH = ctx.dispatch.send_back(grouped_matmul(grad_RO, w_EOH, ends_E))
-        return grad_TH, grouped_outer(grad_RO, rows_RH, ends_E), None
+        grads = ctx.dispatch.send_back(grouped_matmul(grad_RO, w_EOH, ends_E), grad_probs_R1)
+        return *grads, grouped_outer(grad_RO, rows_RH, ends_E), None
 
 
 class _PlainExpertProduct(torch.autograd.Function):
@@ -178,55 +189,74 @@ class _PlainExpertProduct(torch.autograd.Function):
 
 
 class _DispatchedProduct(torch.autograd.Function):
-    """Dispatch codes, multiply by gate and up; gradients come home along the same way."""
+    """Dispatch codes and probabilities, multiply by gate and up; gradients come home along the same way."""
 
     @staticmethod
-    def forward(ctx, carrier_TH, codes_TH, scale_T1, weight, operands, dispatch):
-        rows, gate_up_R2F = _dispatch_and_multiply(ctx, carrier_TH, codes_TH, scale_T1, weight, operands, dispatch)
+    def forward(ctx, carrier_TH, codes_TH, scale_T1, probs_TE, weight, operands, dispatch):
+        x = carrier_TH, codes_TH, scale_T1, probs_TE
+        rows, probs_R1, gate_up_R2F = _dispatch_and_multiply(ctx, *x, weight, operands, dispatch)
         ctx.save_for_backward(*rows)
-        return gate_up_R2F
+        return gate_up_R2F, probs_R1
 
     @staticmethod
-    def backward(ctx, grad_RO):
+    def backward(ctx, grad_RO, grad_probs_R1):
         ends_E, operands = ctx.dispatch.ends_E, ctx.operands
         grad_RH, grad_weight = grouped_gradients(grad_RO, *ctx.saved_tensors, operands, ends_E, is_column=True)
-        grad_TH = ctx.dispatch.send_back(grad_RH)
-        return grad_TH, None, None, into_main_grad(ctx.weight, grad_weight), None, None
+        grad_TH, grad_probs_TE = ctx.dispatch.send_back(grad_RH, grad_probs_R1)
+        return grad_TH, None, None, grad_probs_TE, into_main_grad(ctx.weight, grad_weight), None, None
 
 
 def _dispatch_and_multiply(
-    ctx, carrier_TH, codes_TH, scale_T1, weight, operands, dispatch
-) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """Rows with their scales, and gate and up of them; ``ctx`` keeps what the backward needs beside tensors."""
+    ctx, carrier_TH, codes_TH, scale_T1, probs_TE, weight, operands, dispatch
+) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor, torch.Tensor]:
+    """Rows with their scales, their probabilities, and gate and up; ``ctx`` keeps what is no tensor."""
     ctx.dispatch, ctx.operands, ctx.weight = dispatch, operands, weight
-    rows = dispatch.send(codes_TH, scale_T1)
-    return rows, grouped_scaled_product(*rows, operands, dispatch.ends_E, dispatch.expert_R, carrier_TH.dtype)
+    *rows, probs_R1 = dispatch.send(codes_TH, scale_T1, probs_TE)
+    gate_up_R2F = grouped_scaled_product(*rows, operands, dispatch.ends_E, dispatch.expert_R, carrier_TH.dtype)
+    return rows, probs_R1, gate_up_R2F
 
 
 class _ActivatedProduct(torch.autograd.Function):
     """``_DispatchedProduct``, and the quantized input of down; the backward activates (multiplies) again."""
 
     @staticmethod
-    def forward(ctx, carrier_TH, codes_TH, scale_T1, weight, operands, dispatch, gain_EF, down: DownInput):
-        rows, gate_up_R2F = _dispatch_and_multiply(ctx, carrier_TH, codes_TH, scale_T1, weight, operands, dispatch)
-        codes_RF, scale_RG, rstd_RG = down.quantize(gate_up_R2F, gain_EF, dispatch.expert_R)
+    def forward(ctx, carrier_TH, codes_TH, scale_T1, probs_TE, weight, operands, dispatch, gain_EF, down: DownInput):
+        x = carrier_TH, codes_TH, scale_T1, probs_TE
+        rows, probs_R1, gate_up_R2F = _dispatch_and_multiply(ctx, *x, weight, operands, dispatch)
+        codes_RF, scale_RG, rstd_RG = down.quantize(gate_up_R2F, gain_EF, dispatch.expert_R, probs_R1)
         ctx.num_groups = down.num_groups
-        ctx.save_for_backward(*rows, gate_up_R2F if down.is_source_kept else None, gain_EF, rstd_RG)
+        ctx.save_for_backward(*rows, gate_up_R2F if down.is_source_kept else None, gain_EF, rstd_RG, probs_R1)
         without_code_gradients(ctx, codes_RF, scale_RG)
         return stand_in(gate_up_R2F, codes_RF.shape), codes_RF, scale_RG
 
     @staticmethod
     def backward(ctx, grad_RF, *unused):
-        codes_RH, scale_R1, gate_up_R2F, gain_EF, rstd_RG = ctx.saved_tensors
+        codes_RH, scale_R1, gate_up_R2F, gain_EF, *activation = ctx.saved_tensors
         product, where = (codes_RH, scale_R1, ctx.operands), (ctx.dispatch.ends_E, ctx.dispatch.expert_R)
         if gate_up_R2F is None:
             gate_up_R2F = grouped_scaled_product(*product, *where, grad_RF.dtype)
-        grad_RH, grad_weight, grad_gain_EF = grouped_activated_gradients(
-            grad_RF, gate_up_R2F, gain_EF, rstd_RG, *product, *where, ctx.num_groups
-        )
-        grad_gain_EF = None if gain_EF is None else grad_gain_EF.to(gain_EF.dtype)
-        grad_TH = ctx.dispatch.send_back(grad_RH)
-        return grad_TH, None, None, into_main_grad(ctx.weight, grad_weight), None, None, grad_gain_EF, None
+        grad = grouped_activated_gradients(grad_RF, gate_up_R2F, gain_EF, *activation, *product, *where, ctx.num_groups)
+        grad_gain_EF = None if gain_EF is None else grad.gain_EF.to(gain_EF.dtype)
+        grad_TH, grad_probs_TE = ctx.dispatch.send_back(grad.input_RI, grad.probs_R1)
+        grad_weight = into_main_grad(ctx.weight, grad.weight_EOI)
+        return grad_TH, None, None, grad_probs_TE, grad_weight, None, None, grad_gain_EF, None
+
+
+class _SummedProduct(torch.autograd.Function):
+    """``_ExpertProduct`` and the sum of each token's rows, on one rank, for the 8-bit backward."""
+
+    @staticmethod
+    def forward(ctx, carrier_RF, codes_RF, scale_RG, weight, operands, dispatch: LocalDispatch):
+        ctx.dispatch, ctx.operands, ctx.weight = dispatch, operands, weight
+        ctx.save_for_backward(codes_RF, scale_RG)
+        where = dispatch.ends_E, dispatch.expert_R
+        return dispatch.sum(grouped_scaled_product(codes_RF, scale_RG, operands, *where, carrier_RF.dtype))
+
+    @staticmethod
+    def backward(ctx, grad_TH):
+        dispatch, x = ctx.dispatch, ctx.saved_tensors
+        grads = spread_gradients(grad_TH.contiguous(), dispatch.spread, *x, ctx.operands, dispatch.ends_E)
+        return grads[0], None, None, into_main_grad(ctx.weight, grads[1]), None, None
 
 
 class _ExpertProduct(torch.autograd.Function):

@@ -1,5 +1,8 @@
 """Products of the ternary linears of routed experts on one rank: ``code_product`` for rows sorted by expert."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 
 from bitmoe.layers.code_product import dequantized
@@ -17,6 +20,7 @@ from bitmoe_kernels.grouped_ternary_gemm import (
     grouped_weight_grad,
 )
 from bitmoe_kernels.relu2_glu import relu2_glu_quantize_backward, relu2_glu_quantize_backward_codes
+from bitmoe_kernels.ternary_gemm import quantize_grad
 
 # Shapes: R = rows (token copies) sorted by local expert, E = local experts, I = inputs, O = outputs,
 #         G = groups of inputs, F = inner features of an expert.
@@ -79,27 +83,62 @@ def grouped_gradients(
     return dx_RI.to(dtype), dw_EOI.to(dtype)
 
 
+def spread_gradients(
+    dy_TO: torch.Tensor,
+    spread: Callable[[torch.Tensor], torch.Tensor],
+    x_codes_RI: torch.Tensor,
+    x_scale_RG: torch.Tensor,
+    weight: WeightOperands,
+    ends_E: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """8-bit ``grouped_gradients`` where all rows of a token have its gradient: rounded once a token, then copied.
+
+    Args:
+        dy_TO: gradient of the sum of each token's rows.
+        spread: copies tokens to their rows.
+        x_codes_RI: INT8 codes of the input.
+        x_scale_RG: their scales.
+        weight: codes, transposed ones too, and a scale for each group of inputs [E, G].
+        ends_E: where each expert's rows end, int32.
+    """
+    dtype, grad = dy_TO.dtype, quantize_grad(dy_TO)
+    rows = GroupedQuantizedGrad(spread(grad.codes_TO), spread(grad.scale_T1))
+    dx_RI = grouped_input_grad(rows, weight.columns, weight.scale, ends_E)
+    return dx_RI.to(dtype), grouped_outer(spread(dy_TO), dequantize(x_codes_RI, x_scale_RG, dtype), ends_E)
+
+
+class ActivatedGradients(NamedTuple):
+    """What the backward of gate and up behind activation and sub-norm computes."""
+
+    input_RI: torch.Tensor
+    weight_EOI: torch.Tensor
+    gain_EF: torch.Tensor | None
+    probs_R1: torch.Tensor
+    """Of the routing probabilities, fp32 (fp64 for fp64)."""
+
+
 def grouped_activated_gradients(
     dy_RF: torch.Tensor,
     gate_up_R2F: torch.Tensor,
     gain_EF: torch.Tensor | None,
     rstd_RG: torch.Tensor | None,
+    probs_R1: torch.Tensor,
     x_codes_RI: torch.Tensor,
     x_scale_R1: torch.Tensor,
     weight: WeightOperands,
     ends_E: torch.Tensor,
     expert_R: torch.Tensor,
     num_groups: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """``activated_gradients`` for rows sorted by expert: of the input, the weights and the gains of the sub-norm."""
+) -> ActivatedGradients:
+    """``activated_gradients`` for rows sorted by expert, multiplied by their routing probabilities in front of down."""
+    activation, where = (gate_up_R2F, gain_EF, rstd_RG), (expert_R, probs_R1, ends_E)
     if weight.columns is None or x_codes_RI.dtype == torch.int8 or num_groups > 1:
-        dgate_up_R2F, dgain = relu2_glu_quantize_backward(dy_RF, gate_up_R2F, gain_EF, rstd_RG, expert_R)
+        dgate_up_R2F, *others = relu2_glu_quantize_backward(dy_RF, *activation, *where)
         gradients = grouped_gradients(dgate_up_R2F, x_codes_RI, x_scale_R1, weight, ends_E, is_column=True)
-        return *gradients, dgain
+        return ActivatedGradients(*gradients, *others)
     w_scale_E2, dtype = weight.scale.unflatten(1, (2, -1))[:, :, 0], dy_RF.dtype
-    activation = gate_up_R2F, gain_EF, rstd_RG
-    grad, dgain = relu2_glu_quantize_backward_codes(dy_RF, *activation, w_scale_E2, x_scale_R1, expert_R)
+    grad, *others = relu2_glu_quantize_backward_codes(dy_RF, *activation, w_scale_E2, x_scale_R1, *where)
     grad = GroupedQuantizedGrad(*grad)
     dx_RI = grouped_input_grad(grad, weight.columns, None, ends_E)
     dw_EOI = grouped_weight_grad(grad, x_codes_RI, weight.scale, ends_E)
-    return dx_RI.to(dtype), dw_EOI.to(dtype), dgain
+    return ActivatedGradients(dx_RI.to(dtype), dw_EOI.to(dtype), *others)

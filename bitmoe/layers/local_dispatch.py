@@ -6,7 +6,7 @@ rows is known in advance, and the copies and sums are kernels that go by indices
 
 import torch
 
-from bitmoe_kernels.token_permute import RowPlan, combine, combine_backward, permute, plan_rows, sum_rows
+from bitmoe_kernels.token_permute import permute, permute_probs, permute_probs_backward, plan_rows, sum_rows
 
 # Shapes: T = tokens of this rank, E = experts, K = experts of each token, R = T * K rows (token copies), H = hidden.
 
@@ -26,39 +26,46 @@ class LocalDispatch:
         self._plan = plan_rows(routing_map_TE, topk)
         self.ends_E, self.expert_R = self._plan.ends_E, self._plan.expert_R
 
-    def send(self, x_TH: torch.Tensor, scale_T1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Copy rows and their scales, sorted by expert; not differentiable.
+    def send(
+        self, x_TH: torch.Tensor, scale_T1: torch.Tensor, probs_TE: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Copy rows, their scales and their probabilities, sorted by expert; not differentiable.
 
         Args:
             x_TH: codes or values, [T, H].
             scale_T1: one number that travels with each token, [T, 1].
+            probs_TE: routing probabilities, [T, E].
 
         Returns:
-            rows [R, H] and their scales [R, 1].
+            rows [R, H], their scales [R, 1] and their probabilities [R, 1].
         """
-        return permute(x_TH, self._plan), permute(scale_T1, self._plan)
+        return self.spread(x_TH), self.spread(scale_T1), permute_probs(probs_TE, self._plan)
 
-    def send_back(self, grad_RH: torch.Tensor) -> torch.Tensor:
-        """The adjoint of ``send``: add the gradients of each token's rows, [T, H]."""
-        return sum_rows(grad_RH, self._plan)
+    def send_back(self, grad_RH: torch.Tensor, grad_probs_R1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The adjoint of ``send``: add the gradients of each token's rows, [T, H]; of probabilities, [T, E]."""
+        return sum_rows(grad_RH, self._plan), permute_probs_backward(grad_probs_R1, self._plan)
 
-    def combine(self, y_RH: torch.Tensor, probs_TE: torch.Tensor) -> torch.Tensor:
-        """Add experts' outputs weighted by the routing probabilities, [T, H]; differentiable."""
-        return _Combine.apply(y_RH, probs_TE.gather(1, self._plan.expert_TK), self._plan)
+    def combine(self, y_RH: torch.Tensor) -> torch.Tensor:
+        """Add experts' outputs, which are weighted already, [T, H]; differentiable."""
+        return _Combine.apply(y_RH, self)
+
+    def sum(self, y_RH: torch.Tensor) -> torch.Tensor:
+        """Add the rows of each token, [T, H]; not differentiable."""
+        return sum_rows(y_RH, self._plan)
+
+    def spread(self, x_TH: torch.Tensor) -> torch.Tensor:
+        """The adjoint of ``sum``: copy each token to its rows, [R, H]; not differentiable."""
+        return permute(x_TH, self._plan)
 
 
 class _Combine(torch.autograd.Function):
-    """The weighted sum of each token's rows; outputs and probabilities get gradients."""
+    """The sum of each token's rows."""
 
     @staticmethod
-    def forward(ctx, y_RH, probs_TK, plan: RowPlan):
-        ctx.save_for_backward(y_RH, probs_TK)
-        ctx.plan = plan
-        return combine(y_RH, probs_TK, plan)
+    def forward(ctx, y_RH, dispatch: LocalDispatch):
+        ctx.dispatch = dispatch
+        return dispatch.sum(y_RH)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_TH):
-        y_RH, probs_TK = ctx.saved_tensors
-        dy_RH, dprobs_TK = combine_backward(grad_TH, y_RH, probs_TK, ctx.plan)
-        return dy_RH, dprobs_TK.to(probs_TK.dtype), None
+        return ctx.dispatch.spread(grad_TH), None

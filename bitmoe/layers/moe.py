@@ -57,6 +57,5 @@ class MoELayer(torch.nn.Module, ShardedParameters):
         x = x_SBH if quantized is None else quantized
         wire = CodeWire(self.wire, self.policy.act_format("gate_up"))
         dispatch = make_dispatch(self.dispatcher, routing_map_TE, wire)
-        y_RH = self.experts(flat_tokens(x), dispatch)
-        y_SBH = dispatch.combine(y_RH, probs_TE).view_as(x_SBH)
+        y_SBH = self.experts(flat_tokens(x), dispatch, probs_TE).view_as(x_SBH)
         return y_SBH if self.shared_experts is None else y_SBH + self.shared_experts(x)

@@ -45,11 +45,16 @@ def flat_tokens(x: Quantized | torch.Tensor) -> Quantized | torch.Tensor:
 
 def quantize_rows(x_TD: torch.Tensor, role: str, policy: QuantPolicy) -> Quantized:
     """Quantize rows that are whole on this rank, with one scale each."""
-    return Quantized(*_Quantize.apply(x_TD, role, policy, None, None))
+    return Quantized(*_Quantize.apply(x_TD, None, role, policy, None, None))
 
 
 def quantize_groups(
-    x_TF: torch.Tensor, role: str, policy: QuantPolicy, num_groups: int, exchange_group: dist.ProcessGroup | None
+    x_TF: torch.Tensor,
+    role: str,
+    policy: QuantPolicy,
+    num_groups: int,
+    exchange_group: dist.ProcessGroup | None,
+    weight_T1: torch.Tensor | None = None,
 ) -> Quantized:
     """Quantize a row-parallel input, group by group.
 
@@ -59,8 +64,9 @@ def quantize_groups(
         policy: current formats.
         num_groups: groups on this rank.
         exchange_group: ranks the one group is split over (then num_groups is 1), or None.
+        weight_T1: what each token is multiplied by; all of it goes into its scales.
     """
-    return Quantized(*_Quantize.apply(x_TF, role, policy, num_groups, exchange_group))
+    return Quantized(*_Quantize.apply(x_TF, weight_T1, role, policy, num_groups, exchange_group))
 
 
 def normalize_rows(x_TD: torch.Tensor, norm: RMSNorm, role: str, policy: QuantPolicy) -> tuple[torch.Tensor, Quantized]:
@@ -105,7 +111,11 @@ class DownInput(NamedTuple):
     """Gate and up are kept for the backward; else it multiplies them again."""
 
     def quantize(
-        self, gate_up_T2F: torch.Tensor, gain: torch.Tensor | None, expert_T: torch.Tensor | None = None
+        self,
+        gate_up_T2F: torch.Tensor,
+        gain: torch.Tensor | None,
+        expert_T: torch.Tensor | None = None,
+        weight_T1: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Codes [..., F] and scale [..., G] of down's input, and 1 / rms [..., G] of the sub-norm, where there is one.
 
@@ -113,9 +123,10 @@ class DownInput(NamedTuple):
             gate_up_T2F: gate and up side by side, [..., 2F].
             gain: of the sub-norm, [F] or [E, F]; None without one.
             expert_T: int32 [T], which of E experts each row belongs to, sorted; None where the gain is [F].
+            weight_T1: routing probabilities, which the scales take in; None without routing.
         """
-        act_format = self.policy.act_format("down")
-        quantized = relu2_glu_quantize(gate_up_T2F, gain, self.eps, act_format.value, self.num_groups, expert_T)
+        act_format, where = self.policy.act_format("down"), (self.num_groups, expert_T, weight_T1)
+        quantized = relu2_glu_quantize(gate_up_T2F, gain, self.eps, act_format.value, *where)
         self.policy.statistics.add_activations("down", quantized[0], act_format)
         return quantized
 
@@ -157,22 +168,30 @@ def _groups(x_TF: torch.Tensor, role: str, policy: QuantPolicy, num_groups: int,
 
 
 class _Quantize(torch.autograd.Function):
-    """Codes of x; the gradient passes."""
+    """Codes of x, times a weight; the gradient passes."""
 
     @staticmethod
-    def forward(ctx, x_TD, role, policy, num_groups, exchange_group):
+    def forward(ctx, x_TD, weight_T1, role, policy, num_groups, exchange_group):
         if num_groups is None:
             code_dtype, quantize = row_code_dtype(x_TD, policy.act_format(role)), _QUANTIZERS[policy.act_format(role)]
             codes_TD, scale_TG = quantize(x_TD) if code_dtype == torch.int8 else quantize(x_TD, code_dtype)
         else:
             codes_TD, scale_TG = _groups(x_TD, role, policy, num_groups, exchange_group)
+        if weight_T1 is not None:
+            scale_TG = scale_TG * weight_T1.to(scale_TG.dtype)
+        ctx.save_for_backward(None if weight_T1 is None else x_TD, weight_T1)
         policy.statistics.add_activations(role, codes_TD, policy.act_format(role))
         without_code_gradients(ctx, codes_TD, scale_TG)
         return stand_in(x_TD, x_TD.shape), codes_TD, scale_TG
 
     @staticmethod
     def backward(ctx, grad_TD, *unused):
-        return grad_TD, *[None] * 4
+        x_TD, weight_T1 = ctx.saved_tensors
+        if weight_T1 is None:
+            return grad_TD, *[None] * 5
+        wide_grad_TD = grad_TD.to(torch.promote_types(grad_TD.dtype, torch.float32))
+        grad_weight_T1 = (wide_grad_TD * x_TD).sum(-1, keepdim=True).to(weight_T1.dtype)
+        return (wide_grad_TD * weight_T1).to(grad_TD.dtype), grad_weight_T1, *[None] * 4
 
 
 class _NormQuantize(torch.autograd.Function):

@@ -202,6 +202,8 @@ class Activations:
             activation = 0 if self.config.run.recompute is Recompute.ffn else 2 * self.element  # gate and up
         else:
             activation = self._unfused_activation() + (self.element if self._keeps_source else 0)
+            # What a routing probability multiplies waits for its gradient.
+            activation += self.element if is_routed else 0
         return rows * features * activation + self._row_parallel(rows, features, ranks, is_fused, is_routed)
 
     def _unfused_activation(self) -> int:
@@ -216,12 +218,12 @@ class Activations:
         rows = self.expert_rows
         saved = self._router() + self._input(rows, hidden)
         saved += self._activated_down(rows, moe.ffn_hidden_size // slices, slices, is_routed=True)
-        # What comes home waits for the gradient of its probability.
+        # The probability and the expert of each row.
+        saved += (FP32 + INT32) * rows
+        # Where rows go: their numbers and tokens, or megatron-core's two maps and one sort, and a 1 for each of them.
         home = self.local_tokens * moe.router_topk
-        saved += home * (self.element * hidden + FP32)
-        # The expert of each row, and where rows go: their numbers and tokens, or megatron-core's two maps and one sort.
-        saved += INT32 * rows + INT64 * home
         saved += 2 * INT32 * home if self._is_dispatch_local else 2 * self.local_tokens * moe.num_experts
+        saved += 0 if self._is_dispatch_local else (INT64 + FP32) * home
         if moe.shared_expert_size:
             # An unquantized shared expert keeps the input in fp32 that the router keeps too.
             is_kept = not self._is_ternary and self.element == FP32 and not self.config.run.deterministic

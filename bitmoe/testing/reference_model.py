@@ -107,12 +107,17 @@ class ReferenceModel:
         return self._gated(x_TH, w_gate_up, self._weight(f"{name}.linear_fc2.weight", layer), gain)
 
     def _gated(
-        self, x_TH: torch.Tensor, w_gate_up_2FH: torch.Tensor, w_down_HF: torch.Tensor, gain_F: torch.Tensor | None
+        self,
+        x_TH: torch.Tensor,
+        w_gate_up_2FH: torch.Tensor,
+        w_down_HF: torch.Tensor,
+        gain_F: torch.Tensor | None,
+        prob_T1: torch.Tensor | None = None,
     ) -> torch.Tensor:
         gate_TF, up_TF = (self._column_linear(x_TH, w_FH, "gate_up") for w_FH in w_gate_up_2FH)
         is_relu2 = self.model.activation is Activation.relu2_glu
         x_TF = relu2_glu_reference(gate_TF, up_TF) if is_relu2 else silu(gate_TF) * up_TF
-        return self._row_linear(x_TF, w_down_HF, gain_F, "down")
+        return self._row_linear(x_TF, w_down_HF, gain_F, "down", prob_T1)
 
     def _routed_experts(self, x_TH: torch.Tensor, layer: int) -> torch.Tensor:
         """Every token's experts, weighted by their probabilities and added in the order of the experts: [T, H]."""
@@ -124,9 +129,9 @@ class ReferenceModel:
         for expert in range(self.moe.num_experts):
             tokens, choice = (experts_Tk == expert).nonzero(as_tuple=True)
             gain_F = None if gain_EF is None else gain_EF[expert]
-            out = self._gated(x_TH[tokens], w_gate_up_E2FH[expert], w_down_EHF[expert], gain_F)
-            # Probabilities multiply what comes out: in front of a sub-norm they would cancel.
-            y_TH = y_TH.index_add(0, tokens, out * probs_Tk[tokens, choice, None])
+            prob_T1 = probs_Tk[tokens, choice, None]
+            out = self._gated(x_TH[tokens], w_gate_up_E2FH[expert], w_down_EHF[expert], gain_F, prob_T1)
+            y_TH = y_TH.index_add(0, tokens, out)
         return y_TH
 
     def _route(self, x_TH: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -151,21 +156,31 @@ class ReferenceModel:
         return torch.cat([self._bit_linear(x_TI, w, role) for w in w_OI.chunk(self.quant.groups)], dim=-1)
 
     def _row_linear(
-        self, x_TI: torch.Tensor, w_OI: torch.Tensor, gain_I: torch.Tensor | None, role: str
+        self,
+        x_TI: torch.Tensor,
+        w_OI: torch.Tensor,
+        gain_I: torch.Tensor | None,
+        role: str,
+        prob_T1: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """A linear whose G groups are blocks of input features, each with its sub-norm, scales and top-K: [T, O]."""
+        """A linear whose G groups are blocks of input features, each with its sub-norm, scales and top-K: [T, O].
+
+        Probabilities multiply the normalized input: in front of a sub-norm they would cancel.
+        """
         groups = self.quant.groups
         if gain_I is not None:
             parts = zip(x_TI.chunk(groups, -1), gain_I.chunk(groups), strict=True)
             x_TI = torch.cat([rms_norm(x, gain, self.model.norm_eps) for x, gain in parts], dim=-1)
         if self.quant.weights is WeightFormat.none:
-            return x_TI @ w_OI.T
+            return (x_TI if prob_T1 is None else x_TI * prob_T1) @ w_OI.T
         parts = zip(x_TI.chunk(groups, -1), w_OI.chunk(groups, -1), strict=True)
-        return _add_as_tree([self._bit_linear(x, w, role) for x, w in parts])
+        return _add_as_tree([self._bit_linear(x, w, role, prob_T1) for x, w in parts])
 
-    def _bit_linear(self, x_TI: torch.Tensor, w_OI: torch.Tensor, role: str) -> torch.Tensor:
+    def _bit_linear(
+        self, x_TI: torch.Tensor, w_OI: torch.Tensor, role: str, prob_T1: torch.Tensor | None = None
+    ) -> torch.Tensor:
         keep = self.stage.o_keep if role == "o" else 1.0
-        return bit_linear(x_TI, w_OI, _QUANTIZE[getattr(self.stage, role)], keep)
+        return bit_linear(x_TI, w_OI, _QUANTIZE[getattr(self.stage, role)], keep, prob_T1)
 
 
 def bit_linear(
@@ -173,6 +188,7 @@ def bit_linear(
     w_OI: torch.Tensor,
     quantize: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
     keep: float,
+    prob_T1: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One ternary scale, one input scale a token, optionally top-K: codes multiplied exactly, scales after: [T, O].
 
@@ -181,15 +197,18 @@ def bit_linear(
         w_OI: latent weight.
         quantize: makes codes and a scale [T, 1] of the input.
         keep: share of the input that top-K keeps.
+        prob_T1: what the input is multiplied by; codes do not change, so their scale is.
     """
     with torch.no_grad():
         codes_TI, scale_T1 = quantize(x_TI)
+        if prob_T1 is not None:
+            scale_T1 = scale_T1 * prob_T1
         if keep < 1:
             codes_TI = codes_TI * topk_mask_reference(x_TI, keep)
         w_scale_1 = absmean_scale_reference(absmean_sums_reference(w_OI, groups=1, axis=-2), w_OI.numel())
         w_codes_OI = ternary_codes_reference(w_OI, w_scale_1, axis=-2)
         exact_TO = code_matmul_reference(codes_TI, w_codes_OI).to(scale_T1.dtype) * scale_T1 * w_scale_1
-    x_TI = straight_through(codes_TI * scale_T1, x_TI)
+    x_TI = straight_through(codes_TI * scale_T1, x_TI if prob_T1 is None else x_TI * prob_T1)
     w_OI = straight_through((w_codes_OI * w_scale_1).to(w_OI.dtype), w_OI)
     return straight_through(exact_TO, x_TI @ w_OI.T)
 

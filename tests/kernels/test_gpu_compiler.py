@@ -50,13 +50,13 @@ def activations(hidden, ffn, groups, heads, dtype):
     norm_quantize_triton(x, gain, 1e-5, "int4", code_dtype=FLOAT8, with_normalized=True)
     norm_quantize_triton(x, gain, 1e-5, "int8", True, groups, 0.5)
     norm_backward_triton(x, x, gain, scale, x)
-    for experts, gains in ((None, ffn_gain[0]), (expert, ffn_gain), (None, None)):
-        relu2_glu_quantize_triton(gate_up, gains, 1e-5, "int8", groups, experts)
+    for experts, gains, weight in ((None, ffn_gain[0], None), (expert, ffn_gain, one), (None, None, one)):
+        relu2_glu_quantize_triton(gate_up, gains, 1e-5, "int8", groups, experts, weight)
         rstd = None if gains is None else scale
-        relu2_glu_quantize_backward_triton(gate_up[:, :ffn], gate_up, gains, rstd, experts)
+        relu2_glu_quantize_backward_triton(gate_up[:, :ffn], gate_up, gains, rstd, experts, weight)
         if dtype == torch.bfloat16 and groups == 1:
             w_scale = torch.ones(1 if experts is None else NUM_EXPERTS, 2)
-            relu2_glu_rounded_backward_triton(gate_up[:, :ffn], gate_up, gains, rstd, experts, w_scale, one)
+            relu2_glu_rounded_backward_triton(gate_up[:, :ffn], gate_up, gains, rstd, experts, w_scale, one, weight)
 
 
 def products(hidden, ffn, groups, heads, dtype):
@@ -139,10 +139,10 @@ def rest(hidden, ffn, groups, heads, dtype):
     routing = torch.zeros(TOKENS, NUM_EXPERTS, dtype=torch.bool)
     plan = permutation.plan_rows_triton(routing, 2)
     x, rows = torch.ones(TOKENS, hidden, dtype=dtype), torch.ones(2 * TOKENS, hidden, dtype=dtype)
-    probs = torch.ones(TOKENS, 2)
     permutation.permute_triton(x, plan)
-    permutation.combine_triton(rows, probs, plan)
-    permutation.combine_backward_triton(x, rows, probs, plan)
+    permutation.sum_rows_triton(rows, plan)
+    permutation.permute_probs_triton(torch.ones(TOKENS, NUM_EXPERTS), plan)
+    permutation.permute_probs_backward_triton(rows[:, :1], plan)
 
 
 CASES = {

@@ -49,8 +49,8 @@ def inputs(num_tokens, num_features, dtype, groups=1, counts=None):
     return gaussian(num_tokens, num_features, dtype=dtype, seed=5), gate_up, gain, rstd_TG, expert_R
 
 
-def autograd(dy_TF, gate_up, gain, rstd_TG, expert_R):
-    """Gradients of gate_up and gain in fp64, at the very values that the forward rounded its steps to."""
+def autograd(dy_TF, gate_up, gain, rstd_TG, expert_R, weight_T1=None):
+    """Gradients of gate_up, gain and weight in fp64, at the very values that the forward rounded its steps to."""
 
     def with_value(x64, value):
         return x64 + (value.double() - x64).detach()
@@ -67,8 +67,9 @@ def autograd(dy_TF, gate_up, gain, rstd_TG, expert_R):
         unit_value_TF = (h_TGd * rstd_TG[..., None]).flatten(-2)
         unit_TF = with_value(unit_TF, unit_value_TF.to(h_TF.dtype))
         y_TF = unit_TF * (gain64 if expert_R is None else gain64[expert_R.long()])
-    y_TF.backward(dy_TF.double())
-    return gate_up64.grad, None if gain64 is None else gain64.grad
+    weight64 = torch.ones(len(y_TF), 1).double() if weight_T1 is None else weight_T1.double()
+    (y_TF * weight64.requires_grad_()).backward(dy_TF.double())
+    return gate_up64.grad, None if gain64 is None else gain64.grad, None if weight_T1 is None else weight64.grad
 
 
 def assert_rounded_once(got, want, dtype):
@@ -79,12 +80,13 @@ def assert_rounded_once(got, want, dtype):
 
 
 def assert_gradients(result, arguments):
-    dgate_up, dgain = autograd(*arguments)
+    dgate_up, *others = autograd(*arguments)
     assert_rounded_once(result[0], dgate_up, arguments[1].dtype)
-    if dgain is None:
-        assert result[1] is None
-    else:
-        assert_rounded_once(result[1], dgain, torch.float32)
+    for got, want in zip(result[1:], others, strict=True):
+        if want is None:
+            assert got is None
+        else:
+            assert_rounded_once(got, want, torch.float32)
 
 
 @each_dtype
@@ -124,6 +126,30 @@ def test_experts(run_triton, counts, groups, dtype):
     assert_gradients(relu2_glu_quantize_backward(*arguments), arguments)
 
 
+@each_dtype
+@pytest.mark.parametrize("has_gain", [True, False], ids=["gain", "no gain"])
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("counts", [None, [0, 7, 37, 0, 1]], ids=str)
+def test_weights_of_tokens(run_triton, counts, groups, has_gain, dtype):
+    """Some of them 0; without a norm a group is the row."""
+    dy_TF, gate_up, gain, rstd_TG, expert_R = inputs(45, 36, dtype, groups, counts)
+    weight_T1 = gaussian(45, 1, seed=8).relu()
+    # What is rounded before the sum over features: u, which autograd has rounded, and the gradient has not.
+    gate_up = gate_up if has_gain and dtype == torch.float32 else gate_up.sign().to(dtype)
+    if has_gain:
+        rstd_TG = relu2_glu_quantize(gate_up, gain, EPS, "int8", groups, expert_R)[2]
+        arguments = dy_TF, gate_up, gain, rstd_TG, expert_R, weight_T1
+    else:
+        arguments = dy_TF, gate_up, None, None, None, weight_T1
+    expected = autograd(*arguments)
+    for result in (run_triton(*arguments), relu2_glu_quantize_backward(*arguments)):
+        assert_rounded_once(result[0], expected[0], dtype)
+        assert result[2].shape == (45, 1)
+        # The gradient's y is not rounded; autograd's is.
+        tolerance = torch.finfo(dtype).eps * (dy_TF.double() * 8).norm(dim=1, keepdim=True)
+        assert ((result[2].cpu().double() - expected[2]).abs() <= tolerance + 1e-5).all()
+
+
 def test_many_experts_in_long_blocks(run_triton, monkeypatch):
     """Blocks of several steps, that end amid a step at a block's and an expert's end."""
     monkeypatch.setattr("bitmoe_kernels.relu2_glu.triton_backward._WARPS_IN_FLIGHT", 4)
@@ -144,10 +170,9 @@ def test_gains_and_gradients_of_another_type(run_triton, dtype):
 def test_fp64_stays_fp64():
     dy_TF, gate_up, gain, _, _ = (x if x is None else x.double() for x in inputs(4, 12, torch.float32))
     rstd_TG = relu2_glu_quantize(gate_up, gain, EPS, groups=3)[2]
-    dgate_up, dgain = relu2_glu_quantize_backward(dy_TF, gate_up, gain, rstd_TG)
-    want_dgate_up, want_dgain = autograd(dy_TF, gate_up, gain, rstd_TG, None)
-    torch.testing.assert_close(dgate_up, want_dgate_up, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(dgain, want_dgain, rtol=1e-12, atol=1e-12)
+    arguments = dy_TF, gate_up, gain, rstd_TG, None, gaussian(4, 1).double()
+    for got, want in zip(relu2_glu_quantize_backward(*arguments), autograd(*arguments), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
 def test_leading_dimensions_and_no_tokens(run_triton):
@@ -161,7 +186,7 @@ def test_leading_dimensions_and_no_tokens(run_triton):
         (dy_TF[:0], gate_up[:0], gain, rstd_TG[:0], None),
         (dy_TF[:0], gate_up[:0], gain.expand(3, -1), rstd_TG[:0], expert_R),
     ):
-        for dgate_up, dgain in (run_triton(*arguments), relu2_glu_quantize_backward(*arguments)):
+        for dgate_up, dgain, _ in (run_triton(*arguments), relu2_glu_quantize_backward(*arguments)):
             assert dgate_up.shape == (0, 40)
             assert torch.equal(dgain.cpu(), torch.zeros_like(arguments[2], dtype=torch.float32))
 
@@ -169,7 +194,7 @@ def test_leading_dimensions_and_no_tokens(run_triton):
 def test_a_nan_stays_in_its_row(run_triton):
     dy_TF, gate_up, gain, rstd_TG, _ = inputs(5, 20, torch.bfloat16)
     gate_up[2, 3] = rstd_TG[2] = torch.nan
-    dgate_up, dgain = run_triton(dy_TF, gate_up, gain, rstd_TG, None)
+    dgate_up, dgain, _ = run_triton(dy_TF, gate_up, gain, rstd_TG, None)
     assert dgate_up.isnan().any(dim=1).tolist() == [False, False, True, False, False]
     assert dgain.isnan().any()
 
@@ -188,4 +213,4 @@ def test_public_function_on_a_gpu(num_features, groups, num_experts):
     assert_gradients(result, arguments)
     for _ in range(3):
         again = relu2_glu_quantize_backward(*on_gpu)
-        assert all(torch.equal(x, y) for x, y in zip(result, again, strict=True))
+        assert all(torch.equal(x, y) for x, y in zip(result[:2], again[:2], strict=True))

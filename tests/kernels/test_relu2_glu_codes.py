@@ -63,16 +63,19 @@ def separately_rounded(dgate_up, expert_R, counts, w_scale, x_scale):
 @pytest.mark.parametrize("num_features", [20, 257, 800, 1100])
 def test_kernel_gives_what_its_steps_give(run_triton, num_features, has_gain, counts):
     arguments, w_scale, x_scale = make_case(14, num_features, counts, has_gain)
-    grad, dgain = run_triton("relu2_glu_rounded_backward_triton", *arguments, w_scale.view(-1, 2), x_scale)
+    weight = None if counts is None else gaussian(14, 1, seed=8).abs()
+    grad, *others = run_triton("relu2_glu_rounded_backward_triton", *arguments, w_scale.view(-1, 2), x_scale, weight)
     dy, gate_up, gain, rstd, expert_R = arguments
     experts = None if gain is None else expert_R
-    dgate_up, expected_dgain = run_triton("relu2_glu_quantize_backward_triton", dy, gate_up, gain, rstd, experts)
+    dgate_up, *expected_others = run_triton(
+        "relu2_glu_quantize_backward_triton", dy, gate_up, gain, rstd, experts, weight
+    )
     expected = separately_rounded(dgate_up.cpu(), expert_R, counts, w_scale, x_scale)
     if not torch.cuda.is_available():
         for got, want in zip(grad, expected, strict=True):
             assert torch.equal(got.float(), want.float())
-        assert (dgain is None) == (gain is None)
-        assert dgain is None or torch.equal(dgain, expected_dgain)
+        assert [part is None for part in others] == [gain is None, weight is None]
+        assert all(got is None or torch.equal(got, want) for got, want in zip(others, expected_others, strict=True))
         return
     # The compiler fuses multiplications and additions differently, so a few numbers are rounded the other way.
     assert (grad[0].cpu().float() != expected[0].float()).float().mean() < 2e-3
@@ -85,14 +88,16 @@ def test_kernel_gives_what_its_steps_give(run_triton, num_features, has_gain, co
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_codes_are_the_gradients(dtype, has_gain, counts):
     arguments, w_scale, x_scale = make_case(14, 36, counts, has_gain, dtype)
-    grad, dgain = relu2_glu_quantize_backward_codes(*arguments[:4], w_scale, x_scale, arguments[4])
-    dgate_up, expected_dgain = relu2_glu_quantize_backward(*arguments)
+    weight = gaussian(14, 1, seed=8).abs()
+    grad, dgain, dweight = relu2_glu_quantize_backward_codes(*arguments[:4], w_scale, x_scale, arguments[4], weight)
+    dgate_up, expected_dgain, expected_dweight = relu2_glu_quantize_backward(*arguments, weight)
     codes, scale, power, largest = grad
     w_scale_T2 = w_scale.expand(14, 2) if counts is None else w_scale[arguments[4].long()]
     dequantized = codes.float() * scale / w_scale_T2.repeat_interleave(36, dim=1)
     error = (dequantized - dgate_up.float()).norm(dim=1) / dgate_up.float().norm(dim=1)
     assert error.max() < 2**-4
     assert torch.equal(dgain, expected_dgain) if has_gain else dgain is None
+    assert torch.equal(dweight, expected_dweight)
     torch.testing.assert_close(scale * x_scale, power, rtol=1e-6, atol=0)
     assert largest.max() == power.max()
 
@@ -101,7 +106,7 @@ def test_codes_are_the_gradients(dtype, has_gain, counts):
 def test_a_token_that_is_not_finite_is_marked(run_triton, bad):
     arguments, w_scale, x_scale = make_case(14, 257, [5, 0, 9, 0], True)
     arguments[0][7, 30] = bad
-    (codes, scale, power, largest), _ = run_triton("relu2_glu_rounded_backward_triton", *arguments, w_scale, x_scale)
+    (codes, scale, power, largest), *_ = run_triton("relu2_glu_rounded_backward_triton", *arguments, w_scale, x_scale)
     assert scale.isnan().nonzero().tolist() == [[7, 0]]
     assert codes[7].float().abs().max() == 0
     assert power[7] == largest[2] == float("inf")
@@ -111,7 +116,7 @@ def test_a_token_that_is_not_finite_is_marked(run_triton, bad):
 
 def test_no_token(run_triton):
     arguments, w_scale, x_scale = make_case(0, 20, [0, 0], True)
-    (codes, scale, power, largest), dgain = run_triton(
+    (codes, scale, power, largest), dgain, _ = run_triton(
         "relu2_glu_rounded_backward_triton", *arguments, w_scale, x_scale
     )
     assert (codes.shape, scale.shape, power.shape) == ((0, 40), (0, 1), (0, 1))

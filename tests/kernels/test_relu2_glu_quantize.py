@@ -48,10 +48,11 @@ def assert_exact(result, expected):
         assert torch.equal(got.cpu().nan_to_num(nan=-1.0), want.cpu().nan_to_num(nan=-1.0))
 
 
-def run_forward(kernels, device, gate_up, gain_F, num_format="int8", groups=1, expert_R=None):
+def run_forward(kernels, device, gate_up, gain_F, num_format="int8", groups=1, expert_R=None, weight_T1=None):
     """Triton's kernel with its arguments on the device under test."""
-    gate_up, gain_F, expert_R = (None if x is None else x.to(device) for x in (gate_up, gain_F, expert_R))
-    return kernels.relu2_glu_quantize_triton(gate_up, gain_F, EPS, num_format, groups, expert_R)
+    tensors = (gate_up, gain_F, expert_R, weight_T1)
+    gate_up, gain_F, *others = (None if x is None else x.to(device) for x in tensors)
+    return kernels.relu2_glu_quantize_triton(gate_up, gain_F, EPS, num_format, groups, *others)
 
 
 def test_hand_values():
@@ -126,6 +127,18 @@ def test_triton_experts_equal_reference(kernels, triton_device, dtype, groups, e
     assert_exact(result, relu2_glu_quantize_reference(gate_up, gain_EF, EPS, "int8", groups, expert_R))
 
 
+@each_dtype
+@pytest.mark.parametrize("groups", [1, 4])
+def test_weights_multiply_the_scale(kernels, triton_device, dtype, groups):
+    """And nothing else: codes and rstd are those without."""
+    gate_up, gain_F, weight_T1 = gaussian(45, 2 * 140, dtype=dtype), gain(140, dtype=dtype), gaussian(45, 1).relu()
+    expected = relu2_glu_quantize_reference(gate_up, gain_F, EPS, "int8", groups, None, weight_T1)
+    assert_exact(run_forward(kernels, triton_device, gate_up, gain_F, "int8", groups, None, weight_T1), expected)
+    codes, scale, rstd = relu2_glu_quantize(gate_up, gain_F, EPS, "int8", groups)
+    assert_exact(relu2_glu_quantize(gate_up, gain_F, EPS, "int8", groups, None, weight_T1), expected)
+    assert_exact(expected, (codes, scale * weight_T1, rstd))
+
+
 def test_triton_reads_strided_input(kernels, triton_device):
     gate_up, gain_F = gaussian(6, 4 * 24, dtype=torch.bfloat16)[:, ::2], gain(48)[::2]
     result = run_forward(kernels, triton_device, gate_up, gain_F)
@@ -165,6 +178,10 @@ def test_no_tokens(kernels, triton_device):
         (
             lambda: relu2_glu_quantize(torch.ones(2, 6), None, EPS, expert_R=torch.zeros(3, dtype=torch.int)),
             r"expert_R of shape \[3\]",
+        ),
+        (
+            lambda: relu2_glu_quantize(torch.ones(2, 6), None, EPS, weight_T1=torch.ones(2)),
+            r"weight of shape \[2\] .* \[2, 1\]",
         ),
         (lambda: relu2_glu_quantize(torch.ones(2, 5), None, EPS), "gate_up has 5 features"),
         (lambda: relu2_glu_quantize(torch.ones(2, 0), None, EPS), r"gate_up has shape \[2, 0\]"),

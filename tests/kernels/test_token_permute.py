@@ -5,7 +5,14 @@
 import pytest
 import torch
 
-from bitmoe_kernels.token_permute import combine, combine_backward, permute, plan_rows, reference, sum_rows
+from bitmoe_kernels.token_permute import (
+    permute,
+    permute_probs,
+    permute_probs_backward,
+    plan_rows,
+    reference,
+    sum_rows,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -36,12 +43,12 @@ def routing_map(num_tokens: int, num_experts: int, topk: int) -> torch.Tensor:
 
 
 def case(num_tokens: int, num_experts: int, topk: int, num_features: int, dtype: torch.dtype, device: str):
-    """Rows, weights and gradients on CPU, and plans on CPU and on ``device``."""
+    """Tokens, rows, probabilities of pairs and of rows on CPU, and plans on CPU and on ``device``."""
     plan = reference.plan_rows_reference(routing_map(num_tokens, num_experts, topk), topk)
+    x_TH = gaussian(num_tokens, num_features, dtype=dtype, seed=5)
     y_RH = gaussian(num_tokens * topk, num_features, dtype=dtype)
-    probs_TK = gaussian(num_tokens, topk, seed=4)
-    dout_TH = gaussian(num_tokens, num_features, dtype=dtype, seed=5)
-    return y_RH, probs_TK, dout_TH, plan, reference.RowPlan(*(part.to(device) for part in plan))
+    probs = gaussian(num_tokens, num_experts, seed=4), gaussian(num_tokens * topk, 1, seed=6)
+    return x_TH, y_RH, *probs, plan, reference.RowPlan(*(part.to(device) for part in plan))
 
 
 def assert_exact(result: torch.Tensor, expected: torch.Tensor) -> None:
@@ -57,42 +64,29 @@ def test_plan_by_hand():
     assert plan.source_R.tolist() == [0, 2, 1, 0, 1, 2]
     assert plan.expert_R.tolist() == [0, 0, 2, 3, 3, 3]
     assert plan.row_TK.tolist() == [[0, 3], [2, 4], [1, 5]]
-    assert plan.expert_TK.tolist() == [[0, 3], [2, 3], [0, 3]]
     assert plan.ends_E.tolist() == [2, 2, 3, 6]
     x_TH = torch.tensor([[1.0], [10.0], [100.0]])
     assert permute(x_TH, plan).flatten().tolist() == [1, 100, 10, 1, 10, 100]
     y_RH = torch.arange(6.0)[:, None]
     assert sum_rows(y_RH, plan).flatten().tolist() == [3, 6, 6]
-    weights_TK = torch.tensor([[1.0, 2.0], [0.5, 0.25], [0.0, -1.0]])
-    assert combine(y_RH, weights_TK, plan).flatten().tolist() == [6, 2, -5]
+    probs_TE = torch.tensor([[1.0, 9.0, 9.0, 2.0], [9.0, 9.0, 0.5, 0.25], [0.0, 9.0, 9.0, -1.0]])
+    assert permute_probs(probs_TE, plan).flatten().tolist() == [1, 0, 0.5, 2, 0.25, -1]
+    assert permute_probs_backward(y_RH, plan).tolist() == [[0, 0, 0, 3], [0, 0, 2, 4], [1, 0, 0, 5]]
 
 
 @pytest.mark.parametrize(("num_tokens", "num_experts", "topk", "num_features"), [s for s in SIZES if s[0]], ids=str)
 def test_gradients_are_those_of_autograd(num_tokens, num_experts, topk, num_features):
-    """In fp64, against torch's derivative of an einsum over one-hot rows."""
-    y_RH, probs_TK, dout_TH, plan, _ = case(num_tokens, num_experts, topk, num_features, torch.float64, "cpu")
+    """In fp64, against torch's derivatives of sums over one-hot rows."""
+    x_TH, y_RH, probs_TE, dprobs_R1, plan, _ = case(num_tokens, num_experts, topk, num_features, torch.float64, "cpu")
     one_hot_TKR = torch.nn.functional.one_hot(plan.row_TK.long(), len(y_RH)).double()
-    y_RH.requires_grad_()
-    probs_TK = probs_TK.double().requires_grad_()
-    wanted_TH = torch.einsum("tkr,tk,rh->th", one_hot_TKR, probs_TK, y_RH)
-    wanted_TH.backward(dout_TH)
-    torch.testing.assert_close(combine(y_RH, probs_TK, plan), wanted_TH)
-    dy_RH, dprobs_TK = combine_backward(dout_TH, y_RH, probs_TK, plan)
-    torch.testing.assert_close(dy_RH, y_RH.grad)
-    torch.testing.assert_close(dprobs_TK, probs_TK.grad)
-    torch.testing.assert_close(permute(dout_TH, plan), torch.einsum("tkr,th->rh", one_hot_TKR, dout_TH))
+    torch.testing.assert_close(permute(x_TH, plan), torch.einsum("tkr,th->rh", one_hot_TKR, x_TH))
     torch.testing.assert_close(sum_rows(y_RH, plan), torch.einsum("tkr,rh->th", one_hot_TKR, y_RH))
-
-
-@pytest.mark.parametrize(("y_dtype", "probs_dtype"), [(torch.bfloat16, torch.float64), (torch.float64, torch.float32)])
-def test_fp64_factor_computes_in_fp64(y_dtype, probs_dtype):
-    y_RH, probs_TK, dout_TH, plan, _ = case(9, 5, 3, 4, y_dtype, "cpu")
-    probs_TK = probs_TK.to(probs_dtype)
-    wanted_TH = (y_RH.double()[plan.row_TK.long()] * probs_TK.double()[..., None]).sum(1).to(y_dtype)
-    torch.testing.assert_close(combine(y_RH, probs_TK, plan), wanted_TH, rtol=1e-14, atol=1e-15)
-    dy_RH, dprobs_TK = combine_backward(dout_TH, y_RH, probs_TK, plan)
-    assert dy_RH.dtype == y_dtype
-    assert dprobs_TK.dtype == torch.float64
+    one_hot_RE = torch.nn.functional.one_hot(plan.expert_R.long(), num_experts).double()
+    probs_TE = probs_TE.double().requires_grad_()
+    rows_R1 = torch.einsum("tkr,te,re->r", one_hot_TKR, probs_TE, one_hot_RE)[:, None]
+    rows_R1.backward(dprobs_R1.double())
+    torch.testing.assert_close(permute_probs(probs_TE, plan), rows_R1)
+    torch.testing.assert_close(permute_probs_backward(dprobs_R1.double(), plan), probs_TE.grad)
 
 
 @each_size
@@ -114,7 +108,7 @@ def test_triton_plan_of_a_map_with_other_strides(kernels, triton_device):
 def test_triton_plan_stays_inside_with_a_wrong_map(kernels, triton_device, topk):
     """Two experts a token instead of one or three: no index leaves its tensor, those of other kernels neither."""
     plan = kernels.plan_rows_triton(routing_map(40, 5, 2).to(triton_device), topk)
-    for indices, bound in ((plan.source_R, 40), (plan.row_TK, 40 * topk), (plan.expert_TK, 5), (plan.expert_R, 5)):
+    for indices, bound in ((plan.source_R, 40), (plan.row_TK, 40 * topk), (plan.expert_R, 5)):
         assert 0 <= indices.min() <= indices.max() < bound
 
 
@@ -146,40 +140,29 @@ def test_triton_permute_of_slices(kernels, triton_device):
 @each_size
 @each_dtype
 def test_triton_sums_equal_reference(kernels, triton_device, num_tokens, num_experts, topk, num_features, dtype):
-    y_RH, probs_TK, _, plan, device_plan = case(num_tokens, num_experts, topk, num_features, dtype, triton_device)
-    on_device = y_RH.to(triton_device)
-    assert_exact(kernels.combine_triton(on_device, None, device_plan), reference.sum_rows_reference(y_RH, plan))
-    for weights_TK in (probs_TK, probs_TK.bfloat16()):
-        result = kernels.combine_triton(on_device, weights_TK.to(triton_device), device_plan)
-        assert_exact(result, reference.combine_reference(y_RH, weights_TK, plan))
+    _, y_RH, *_, plan, device_plan = case(num_tokens, num_experts, topk, num_features, dtype, triton_device)
+    result = kernels.sum_rows_triton(y_RH.to(triton_device), device_plan)
+    assert_exact(result, reference.sum_rows_reference(y_RH, plan))
 
 
 @each_size
-@each_dtype
-def test_triton_backward_equals_reference(kernels, triton_device, num_tokens, num_experts, topk, num_features, dtype):
-    """dy exactly; dprobs, a sum of num_features products, to the rounding of fp32 against fp64."""
-    y_RH, probs_TK, dout_TH, plan, device_plan = case(num_tokens, num_experts, topk, num_features, dtype, triton_device)
-    tensors = (tensor.to(triton_device) for tensor in (dout_TH, y_RH, probs_TK))
-    dy_RH, dprobs_TK = kernels.combine_backward_triton(*tensors, device_plan)
-    assert_exact(dy_RH, reference.combine_backward_reference(dout_TH, y_RH, probs_TK, plan)[0])
-    assert dprobs_TK.dtype == torch.float32
-    products_TKH = dout_TH.double()[:, None] * y_RH.double()[plan.row_TK.long()]
-    error_TK = (dprobs_TK.cpu() - products_TKH.sum(-1)).abs()
-    assert (error_TK <= 1e-6 * products_TKH.abs().sum(-1)).all()
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_triton_probs_equal_reference(kernels, triton_device, num_tokens, num_experts, topk, num_features, dtype):
+    *_, probs_TE, dprobs_R1, plan, device_plan = case(num_tokens, num_experts, topk, 1, dtype, triton_device)
+    probs_TE, dprobs_R1 = probs_TE.to(dtype), dprobs_R1.to(dtype)
+    result = kernels.permute_probs_triton(probs_TE.to(triton_device), device_plan)
+    assert_exact(result, reference.permute_probs_reference(probs_TE, plan))
+    result = kernels.permute_probs_backward_triton(dprobs_R1.to(triton_device), device_plan)
+    assert_exact(result, reference.permute_probs_backward_reference(dprobs_R1, plan))
 
 
 def test_triton_takes_any_strides(kernels, triton_device):
-    """Gradients come expanded from sums, and transposed."""
-    y_RH, probs_TK, _, plan, device_plan = case(10, 5, 2, 6, torch.float32, triton_device)
-    dout_TH = torch.ones(1, 1).expand(10, 6)
-    strided_RH = y_RH.T.contiguous().to(triton_device).T
-    strided_TK = probs_TK.T.contiguous().to(triton_device).T
-    result = kernels.combine_triton(strided_RH, strided_TK, device_plan)
-    assert_exact(result, reference.combine_reference(y_RH, probs_TK, plan))
-    grads = kernels.combine_backward_triton(dout_TH.to(triton_device), strided_RH, strided_TK, device_plan)
-    wanted = reference.combine_backward_reference(dout_TH, y_RH, probs_TK, plan)
-    assert_exact(grads[0], wanted[0])
-    torch.testing.assert_close(grads[1].cpu(), wanted[1])
+    """Gradients come transposed."""
+    _, y_RH, probs_TE, _, plan, device_plan = case(10, 5, 2, 6, torch.float32, triton_device)
+    strided_RH, strided_TE = (x.T.contiguous().to(triton_device).T for x in (y_RH, probs_TE))
+    assert_exact(kernels.sum_rows_triton(strided_RH, device_plan), reference.sum_rows_reference(y_RH, plan))
+    result = kernels.permute_probs_triton(strided_TE, device_plan)
+    assert_exact(result, reference.permute_probs_reference(probs_TE, plan))
 
 
 @pytest.mark.parametrize(
@@ -194,12 +177,8 @@ def test_triton_takes_any_strides(kernels, triton_device):
         (lambda plan: permute(torch.ones(3), plan), r"x has shape \[3\]"),
         (lambda plan: permute(torch.ones(3, 0), plan), "H >= 1"),
         (lambda plan: sum_rows(torch.ones(3, 2), plan), r"dx has shape \[3, 2\]: .* \[6, H\]"),
-        (lambda plan: combine(torch.ones(6, 2), torch.ones(3, 3), plan), r"probs have shape \[3, 3\]: .* \[3, 2\]"),
-        (lambda plan: combine(torch.ones(5, 2), torch.ones(3, 2), plan), r"y has shape \[5, 2\]"),
-        (
-            lambda plan: combine_backward(torch.ones(3, 1), torch.ones(6, 2), torch.ones(3, 2), plan),
-            r"dout of shape \[3, 1\]",
-        ),
+        (lambda plan: permute_probs(torch.ones(3, 2), plan), r"probs have shape \[3, 2\]: .* \[3, 4\]"),
+        (lambda plan: permute_probs_backward(torch.ones(6), plan), r"dprobs have shape \[6\]: .* \[6, 1\]"),
     ],
 )
 def test_bad_values_raise(call, message):
@@ -214,7 +193,9 @@ def test_bad_types_raise():
     with pytest.raises(TypeError, match=r"dx must be .* torch\.int8"):
         sum_rows(torch.ones(6, 2, dtype=torch.int8), plan)
     with pytest.raises(TypeError, match="probs must be"):
-        combine(torch.ones(6, 2), torch.ones(3, 2, dtype=torch.int32), plan)
+        permute_probs(torch.ones(3, 4, dtype=torch.int32), plan)
+    with pytest.raises(TypeError, match="dprobs must be"):
+        permute_probs_backward(torch.ones(6, 1, dtype=torch.int32), plan)
 
 
 @pytest.mark.gpu
@@ -223,21 +204,18 @@ def test_bad_types_raise():
 def test_public_functions_on_a_gpu_equal_cpu(num_experts, topk, num_features, dtype):
     """Rows of real models, and nothing that makes the host wait."""
     map_TE = routing_map(1000, num_experts, topk)
-    y_RH, probs_TK, dout_TH, plan, _ = case(1000, num_experts, topk, num_features, dtype, "cpu")
-    on_gpu = [tensor.cuda() for tensor in (map_TE, dout_TH, y_RH, probs_TK)]
+    x_TH, y_RH, probs_TE, dprobs_R1, plan, _ = case(1000, num_experts, topk, num_features, dtype, "cpu")
+    on_gpu = [tensor.cuda() for tensor in (map_TE, x_TH, y_RH, probs_TE, dprobs_R1)]
     torch.cuda.set_sync_debug_mode("error")
     try:
         gpu_plan = plan_rows(on_gpu[0], topk)
         copies_RH, sums_TH = permute(on_gpu[1], gpu_plan), sum_rows(on_gpu[2], gpu_plan)
-        out_TH = combine(*on_gpu[2:], gpu_plan)
-        dy_RH, dprobs_TK = combine_backward(*on_gpu[1:], gpu_plan)
+        probs_R1, dprobs_TE = permute_probs(on_gpu[3], gpu_plan), permute_probs_backward(on_gpu[4], gpu_plan)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     for part, wanted in zip(gpu_plan, plan, strict=True):
         assert_exact(part, wanted)
-    assert_exact(copies_RH, permute(dout_TH, plan))
+    assert_exact(copies_RH, permute(x_TH, plan))
     assert_exact(sums_TH, sum_rows(y_RH, plan))
-    assert_exact(out_TH, combine(y_RH, probs_TK, plan))
-    wanted_dy_RH, wanted_dprobs_TK = combine_backward(dout_TH, y_RH, probs_TK, plan)
-    assert_exact(dy_RH, wanted_dy_RH)
-    torch.testing.assert_close(dprobs_TK.cpu(), wanted_dprobs_TK, rtol=1e-4, atol=1e-3)
+    assert_exact(probs_R1, permute_probs(probs_TE, plan))
+    assert_exact(dprobs_TE, permute_probs_backward(dprobs_R1, plan))

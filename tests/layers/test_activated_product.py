@@ -53,11 +53,13 @@ def randomize(module):
     return module
 
 
-def run(module, forward, *shape):
-    """Output, and gradients of the input and all parameters."""
+def run(module, forward, *shape, leaf=None):
+    """Output, and gradients of the input, all parameters and the ``leaf``."""
     x = torch.randn(*shape, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    if leaf is not None:
+        leaf.requires_grad_()
     y = forward(x)
-    leaves = [x, *module.parameters()]
+    leaves = [x, *module.parameters(), *([] if leaf is None else [leaf])]
     return y, torch.autograd.grad(y, leaves, torch.randn(y.shape, generator=torch.Generator().manual_seed(2)))
 
 
@@ -81,10 +83,13 @@ def check_experts(groups, backward, has_norm):
     routing_map_TE = torch.zeros(TOKENS, EXPERTS, dtype=torch.bool)
     routing_map_TE[:, [0, 3]] = True
     dispatch = LocalDispatch(routing_map_TE, 2)
-    got = run(module, lambda x: module(x, dispatch), TOKENS, HIDDEN)
+    probs_TE = routing_map_TE * torch.rand(TOKENS, EXPERTS, generator=torch.Generator().manual_seed(4))
+    got = run(module, lambda x: module(x, dispatch, probs_TE), TOKENS, HIDDEN, leaf=probs_TE)
     module.activation = Activation.swiglu  # Has no function of its own with the product.
     module._normalized = lambda gate_up, dispatch: normalized(module, gate_up, dispatch)
-    assert_same(got, run(module, lambda x: module(x, dispatch), TOKENS, HIDDEN), backward)
+    wanted = run(module, lambda x: module(x, dispatch, probs_TE), TOKENS, HIDDEN, leaf=probs_TE)
+    assert_same(got, wanted, backward)
+    assert torch.equal(got[1][-1] != 0, routing_map_TE)
 
 
 def normalized(module, gate_up, dispatch):
@@ -139,16 +144,17 @@ def test_gradients_of_float8_inputs_agree_with_those_of_unrounded_dy(num_experts
     gain = torch.rand(*lead, INNER, generator=generator) + 0.5 if sub_norm else None
     experts = None if num_experts is None else expert_R
     rstd = relu2_glu_quantize(gate_up, gain, EPS, "int8", 1, experts)[2]
-    dy = torch.randn(num_rows, INNER, generator=generator)
+    dy, probs_R1 = torch.randn(num_rows, INNER, generator=generator), None
     activation = dy, gate_up, gain, rstd
     if num_experts is None:
         got = code_product.activated_gradients(*activation, x_codes, x_scale, weight, 1)
     else:
-        where = ends_E, expert_R, 1
-        got = grouped_code_product.grouped_activated_gradients(*activation, x_codes, x_scale, weight, *where)
-    dgate_up, dgain = (
+        probs_R1 = torch.rand(num_rows, 1, generator=generator)
+        product = probs_R1, x_codes, x_scale, weight
+        got = grouped_code_product.grouped_activated_gradients(*activation, *product, ends_E, expert_R, 1)
+    dgate_up, dgain, dprobs_R1 = (
         None if part is None else part.double()
-        for part in relu2_glu_quantize_backward(dy, gate_up, gain, rstd, experts)
+        for part in relu2_glu_quantize_backward(dy, gate_up, gain, rstd, experts, probs_R1)
     )
     w_hat, x_hat = made.rows.double() * w_scale.double()[..., None], x_codes.double() * x_scale.double()
     if num_experts is None:
@@ -161,3 +167,5 @@ def test_gradients_of_float8_inputs_agree_with_those_of_unrounded_dy(num_experts
     assert (got[2] is None) == (dgain is None)
     if dgain is not None:
         torch.testing.assert_close(got[2].double(), dgain, rtol=1e-6, atol=1e-6)
+    if dprobs_R1 is not None:
+        assert torch.equal(got.probs_R1.double(), dprobs_R1)

@@ -55,22 +55,27 @@ def round_trip(parallel, wire, act_format, dtype):
     dispatch = Dispatch(values._dispatcher, routing_map_TE, CodeWire(wire, act_format))
     x_TH = torch.randint(-8, 8, (TOKENS, HIDDEN), generator=generator, dtype=torch.int8)
     scale_T1 = torch.rand(TOKENS, 1, generator=generator)
-    codes_RH, scale_R1 = dispatch.send(x_TH.to(dtype), scale_T1)
-    values_RH, _ = values.send(x_TH.float(), scale_T1)
-    y_RH = torch.randn(codes_RH.shape, generator=generator, dtype=torch.float64)
-    home_TH = dispatch.send_back(y_RH)
-    # <send(x), y> = <x, send_back(y)>, added over ranks.
-    products = torch.stack([(values_RH * y_RH).sum(), (x_TH * home_TH).sum()])
-    dist.all_reduce(products)
     probs_TE = routing_map_TE.float() * torch.rand(TOKENS, EXPERTS, generator=generator)
-    scaled_RH = values_RH * scale_R1 / parallel.expert_tensor
+    codes_RH, scale_R1, probs_R1 = dispatch.send(x_TH.to(dtype), scale_T1, probs_TE)
+    values_RH, *_ = values.send(x_TH.float(), scale_T1, probs_TE)
+    y_RH = torch.randn(codes_RH.shape, generator=generator, dtype=torch.float64)
+    home_TH, home_TE = dispatch.send_back(y_RH, y_RH[:, :1])
+    # <send(x), y> = <x, send_back(y)>, added over ranks; probabilities likewise.
+    products = [(values_RH * y_RH).sum(), (x_TH * home_TH).sum()]
+    products = torch.stack([*products, (probs_R1 * y_RH[:, :1]).sum(), (probs_TE * home_TE).sum()])
+    dist.all_reduce(products)
+    scaled_RH = (values_RH * scale_R1 * probs_R1 / parallel.expert_tensor).requires_grad_()
+    combined_TH = dispatch.combine(scaled_RH)
+    combined_TH.backward(x_TH.float())
     return {
         "products": products.tolist(),
+        "gradient": torch.equal(scaled_RH.grad, values_RH),
+        "no expert, no gradient": not home_TE[~routing_map_TE].any(),
         "counts": dispatch.ends_E.diff(prepend=dispatch.ends_E.new_zeros(1)).tolist(),
         "ends": dispatch.ends_E,
         "experts": dispatch.expert_R,
         "same codes": codes_RH.dtype == dtype and torch.equal(codes_RH.float(), values_RH),
-        "combined": dispatch.combine(scaled_RH, probs_TE),
+        "combined": combined_TH.detach(),
         "wanted": x_TH * scale_T1 * probs_TE.sum(1, keepdim=True),
     }
 
@@ -85,8 +90,11 @@ def round_trip(parallel, wire, act_format, dtype):
 def test_round_trip(name, world_size, act_format, dtype, wire, ranks):
     results = ranks(world_size).run(round_trip, LAYOUTS[name], wire, act_format, dtype)
     for result in results:
-        sent, returned = result["products"]
-        assert sent == pytest.approx(returned, rel=1e-12)
+        rows_sent, rows_returned, probs_sent, probs_returned = result["products"]
+        assert rows_sent == pytest.approx(rows_returned, rel=1e-12)
+        assert probs_sent == pytest.approx(probs_returned, rel=1e-12)
+        assert result["gradient"]
+        assert result["no expert, no gradient"]
         assert result["same codes"]
         assert result["ends"].dtype == result["experts"].dtype == torch.int32
         assert result["ends"].tolist() == list(itertools.accumulate(result["counts"]))
@@ -107,10 +115,9 @@ def two_in_flight():
     first, routing_map_TE = random_dispatch(LAYOUTS["EP2"], generator)
     second = Dispatch(first._dispatcher, routing_map_TE.roll(1, 0), VALUES)
     x_TH = torch.randn(TOKENS, HIDDEN, generator=generator)
-    ones_T1 = torch.ones(TOKENS, 1)
-    rows_first, _ = first.send(x_TH, ones_T1)
-    rows_second, _ = second.send(x_TH, ones_T1)
-    return x_TH, first.send_back(rows_first), second.send_back(rows_second)
+    ones_T1, ones_TE = torch.ones(TOKENS, 1), torch.ones(TOKENS, EXPERTS)
+    first_rows, second_rows = (dispatch.send(x_TH, ones_T1, ones_TE)[0] for dispatch in (first, second))
+    return x_TH, *(d.send_back(rows, rows[:, :1])[0] for d, rows in ((first, first_rows), (second, second_rows)))
 
 
 def test_two_trips_do_not_mix(ranks):

@@ -52,7 +52,7 @@ def run_experts(chosen, weight_factor=1.0, groups=2, backward=BackwardFormat.bf1
     wire = CodeWire(Wire.codes, ActFormat.int4)
     dispatch = LocalDispatch(routing_map_TE, 2) if local else Dispatch(dispatcher, routing_map_TE, wire)
     x_TH = torch.randn(TOKENS, HIDDEN, generator=generator).requires_grad_()
-    y_TH = dispatch.combine(experts(x_TH, dispatch), routing_map_TE.float())
+    y_TH = experts(x_TH, dispatch, routing_map_TE.float())
     y_TH.backward(torch.randn(y_TH.shape, generator=generator))
     grads = {name: parameter.grad for name, parameter in experts.named_parameters()}
     return y_TH.detach(), x_TH.grad, grads

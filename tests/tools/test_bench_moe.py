@@ -50,7 +50,7 @@ def test_layer_is_that_of_fp64(ranks):
     assert set(found) == set(tool("moe_runs").VARIANTS)
     for variant, figures in found.items():
         assert set(figures) == {"y", "dx", "dprobs", "dw1", "dw2", "dgain"}
-        exact = figures if variant.startswith("bf16") else ("y", "dprobs", "dw2")
+        exact = figures if variant.startswith("bf16") else ("y", "dw2")
         assert all(figures[what].relative_error < 1e-4 for what in exact), figures
         assert all(0.999 < cosine <= 1 for cosine, _ in figures.values()), figures
 

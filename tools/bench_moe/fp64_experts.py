@@ -30,9 +30,9 @@ def swiglu_truth(inputs: Inputs) -> Truth:
     """What the bf16 baselines compute; gradients of x, probs [T, E], w1 [E, 2, F, H], w2."""
     leaves = _leaves(inputs, ("x", "probs", "w1", "w2"))
 
-    def expert(index: int, x_RH: torch.Tensor) -> torch.Tensor:
+    def expert(index: int, x_RH: torch.Tensor, weight_R1: torch.Tensor) -> torch.Tensor:
         gate_RF, up_RF = (x_RH @ w_FH.T for w_FH in leaves["w1"][index])
-        return (silu(gate_RF) * up_RF) @ leaves["w2"][index].T
+        return (silu(gate_RF) * up_RF * weight_R1) @ leaves["w2"][index].T
 
     return _with_gradients(inputs, leaves, leaves["x"], expert)
 
@@ -47,7 +47,7 @@ def ternary_truth(inputs: Inputs, num_groups: int, eps: float) -> Truth:
     w2_dq = _blocks_scaled(*ternarize(inputs.w2_EHF, num_groups, dim=1), dim=2)
     w2_EHF = straight_through(w2_dq, leaves["w2"])
 
-    def expert(index: int, x_RH: torch.Tensor) -> torch.Tensor:
+    def expert(index: int, x_RH: torch.Tensor, weight_R1: torch.Tensor) -> torch.Tensor:
         exact_RO = x_RH @ w1_EOH[index].T
         gate_up = exact_RO.detach().to(inputs.x_TH.dtype)
         codes, scale, _ = relu2_glu_quantize(gate_up, inputs.gain_EF[index], eps, "int8", num_groups)
@@ -55,7 +55,8 @@ def ternary_truth(inputs: Inputs, num_groups: int, eps: float) -> Truth:
         h_RGf = (gate_RF.relu().square() * up_RF).unflatten(1, (num_groups, -1))
         unit_RGf = h_RGf * (h_RGf.square().mean(2, keepdim=True) + eps).rsqrt()
         normed_RF = unit_RGf.flatten(1) * leaves["gain"][index]
-        return straight_through(_blocks_scaled(codes, scale, dim=1), normed_RF) @ w2_EHF[index].T
+        codes_dq = _blocks_scaled(codes, scale * weight_R1.detach(), dim=1)
+        return straight_through(codes_dq, normed_RF * weight_R1) @ w2_EHF[index].T
 
     return _with_gradients(inputs, leaves, x_TH, expert)
 
@@ -80,12 +81,12 @@ def _blocks_scaled(codes: torch.Tensor, scale: torch.Tensor, dim: int) -> torch.
 def _with_gradients(
     inputs: Inputs, leaves: dict[str, torch.Tensor], x_TH: torch.Tensor, expert: Callable[..., torch.Tensor]
 ) -> Truth:
-    """Add the experts' outputs weighted by the probabilities, and differentiate."""
+    """Add the experts' outputs, whose second input is weighted by the probabilities, and differentiate."""
     y_TH = torch.zeros_like(x_TH)
     for index in range(inputs.layer.num_experts):
         tokens = inputs.routing_map_TE[:, index].nonzero().squeeze(1)
         weight_R1 = leaves["probs"][tokens, index, None]
-        y_TH = y_TH.index_add(0, tokens, expert(index, x_TH[tokens]) * weight_R1)
+        y_TH = y_TH.index_add(0, tokens, expert(index, x_TH[tokens], weight_R1))
     gradients = torch.autograd.grad(y_TH, list(leaves.values()), inputs.dy_TH.double())
     return y_TH.detach(), dict(zip(leaves, gradients, strict=True))
 

@@ -40,7 +40,7 @@ def ternary_pass(
     def run() -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         policy.parameters_changed()
         dispatch = LocalDispatch(inputs.routing_map_TE, inputs.layer.top_k)
-        y_TH = dispatch.combine(experts(x_TH, dispatch), probs_TE)
+        y_TH = experts(x_TH, dispatch, probs_TE)
         return y_TH.detach(), torch.autograd.grad(y_TH, leaves, inputs.dy_TH)
 
     return run

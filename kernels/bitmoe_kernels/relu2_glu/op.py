@@ -13,6 +13,7 @@ import torch
 from bitmoe_kernels.dispatch import runs_triton_by_row
 from bitmoe_kernels.grouped_ternary_gemm.backward import grouped_quantize_grad
 from bitmoe_kernels.relu2_glu.reference import (
+    ends_of_experts,
     relu2_glu_quantize_backward_reference,
     relu2_glu_quantize_reference,
     relu2_glu_reference,
@@ -55,8 +56,9 @@ def relu2_glu_quantize(
     num_format: str = "int8",
     groups: int = 1,
     expert_R: torch.Tensor | None = None,
+    weight_T1: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Multiply gate and up, normalize each group of features and quantize it (README eq. 1-5).
+    """Multiply gate and up, normalize each group of features, quantize it and weigh each token (README eq. 1-6).
 
     Args:
         gate_up_T2F: both projections [..., 2F]: F features of gate, then F of up.
@@ -65,10 +67,11 @@ def relu2_glu_quantize(
         num_format: int4, int8 or fp4.
         groups: number G of equal contiguous blocks of the F features.
         expert_R: int32 or int64, one entry a token, in ascending order: whose gain it takes.
+        weight_T1: floating, [..., 1], what each token is multiplied by (a routing probability); 1 where not given.
 
     Returns:
         codes: int8 [..., F].
-        scale: [..., G], fp32 (fp64 for fp64 input).
+        scale: [..., G], fp32 (fp64 for fp64 input), the weight included.
         rstd: [..., G], likewise, for the backward; None without a gain.
 
     Raises:
@@ -76,13 +79,13 @@ def relu2_glu_quantize(
         ValueError: an odd number of features, ``groups`` not a divisor of F, a gain or experts that do not fit, an
             unknown format, or (on CPU) NaN or Inf.
     """
-    _check(gate_up_T2F, gain, groups, expert_R)
+    _check(gate_up_T2F, gain, groups, expert_R, weight_T1)
     if num_format not in _FORMATS:
         raise ValueError(f"num_format={num_format!r}: use one of {', '.join(_FORMATS)}")
     if runs_triton_by_row(gate_up_T2F, 2 * groups):
         run = _triton_kernels().relu2_glu_quantize_triton
-        return run(gate_up_T2F, gain, eps, num_format, groups, expert_R if gain is not None else None)
-    result = relu2_glu_quantize_reference(gate_up_T2F, gain, eps, num_format, groups, expert_R)
+        return run(gate_up_T2F, gain, eps, num_format, groups, expert_R if gain is not None else None, weight_T1)
+    result = relu2_glu_quantize_reference(gate_up_T2F, gain, eps, num_format, groups, expert_R, weight_T1)
     raise_on_nonfinite(result[1], gate_up_T2F, "gate_up")
     return result
 
@@ -94,31 +97,36 @@ def relu2_glu_quantize_backward(
     gain: torch.Tensor | None,
     rstd_TG: torch.Tensor | None,
     expert_R: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Gradients of the input of :func:`relu2_glu_quantize`'s quantizer, which passes them straight through (eq. 6-9).
+    weight_T1: torch.Tensor | None = None,
+    ends_E: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of :func:`relu2_glu_quantize`, whose quantizer passes them straight through (eq. 7-11).
 
     Args:
-        dy_TF: gradient of the normalized activations [..., F].
+        dy_TF: gradient of the weighted activations [..., F].
         gate_up_T2F: as in the forward.
         gain: as in the forward.
         rstd_TG: what the forward returned.
         expert_R: as in the forward.
+        weight_T1: as in the forward.
+        ends_E: int32 [E], where each expert's tokens end, if the caller knows; else found in ``expert_R``.
 
     Returns:
         dgate_up: [..., 2F] in the dtype of gate_up.
         dgain: fp32 (fp64 for fp64 input) in the shape of the gain, the same bits in every run; zeros for an expert
             without tokens. None without a gain.
+        dweight: fp32 (fp64 for fp64 input) [..., 1]; None without a weight.
 
     Raises:
         TypeError: as :func:`relu2_glu_quantize`.
         ValueError: shapes that do not fit.
     """
-    _check_backward(dy_TF, gate_up_T2F, gain, rstd_TG, expert_R)
+    _check_backward(dy_TF, gate_up_T2F, gain, rstd_TG, expert_R, weight_T1)
     groups = 1 if rstd_TG is None else rstd_TG.shape[-1]
     if runs_triton_by_row(gate_up_T2F, 2 * groups):
         run = _triton_backward().relu2_glu_quantize_backward_triton
-        return run(dy_TF, gate_up_T2F, gain, rstd_TG, expert_R if gain is not None else None)
-    return relu2_glu_quantize_backward_reference(dy_TF, gate_up_T2F, gain, rstd_TG, expert_R)
+        return run(dy_TF, gate_up_T2F, gain, rstd_TG, expert_R if gain is not None else None, weight_T1, ends_E)
+    return relu2_glu_quantize_backward_reference(dy_TF, gate_up_T2F, gain, rstd_TG, expert_R, weight_T1)
 
 
 @torch.no_grad()
@@ -130,26 +138,31 @@ def relu2_glu_quantize_backward_codes(
     w_scale: torch.Tensor,
     x_scale_T1: torch.Tensor,
     expert_R: torch.Tensor | None = None,
-) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
-    """:func:`relu2_glu_quantize_backward` for one group, with dgate_up rounded for 8-bit products (README eq. 10).
+    weight_T1: torch.Tensor | None = None,
+    ends_E: torch.Tensor | None = None,
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None, torch.Tensor | None]:
+    """:func:`relu2_glu_quantize_backward` for one group, with dgate_up rounded for 8-bit products (README eq. 12).
 
     Args:
-        dy_TF: gradient of the normalized activations [T, F].
+        dy_TF: gradient of the weighted activations [T, F].
         gate_up_T2F: [T, 2F].
         gain: as in the forward.
         rstd_T1: what the forward returned.
         w_scale: fp32, the scales of the weights of gate and of up, [2], or [E, 2] with ``expert_R``.
         x_scale_T1: fp32, the token scales of the input that those weights multiplied.
         expert_R: as in the forward.
+        weight_T1: as in the forward.
+        ends_E: as in :func:`relu2_glu_quantize_backward`.
 
     Returns:
-        The fields of ``ternary_gemm.QuantizedGrad``, or of ``grouped_ternary_gemm.GroupedQuantizedGrad``; and dgain.
+        The fields of ``ternary_gemm.QuantizedGrad``, or of ``grouped_ternary_gemm.GroupedQuantizedGrad``; dgain and
+        dweight as there.
 
     Raises:
         TypeError: as :func:`relu2_glu_quantize`.
         ValueError: shapes that do not fit.
     """
-    _check_backward(dy_TF, gate_up_T2F, gain, rstd_T1, expert_R)
+    _check_backward(dy_TF, gate_up_T2F, gain, rstd_T1, expert_R, weight_T1)
     num_tokens, size = dy_TF.shape
     if x_scale_T1.shape != (num_tokens, 1) or (rstd_T1 is not None and rstd_T1.shape[1] != 1):
         raise ValueError(f"x_scale of shape {list(x_scale_T1.shape)} and rstd must be [{num_tokens}, 1]: one group")
@@ -158,22 +171,21 @@ def relu2_glu_quantize_backward_codes(
     w_scale_E2 = w_scale.view(-1, 2)
     if runs_triton_by_row(gate_up_T2F, 2) and gate_up_T2F.dtype == torch.bfloat16:
         run = _triton_backward().relu2_glu_rounded_backward_triton
-        return run(dy_TF, gate_up_T2F, gain, rstd_T1, expert_R, w_scale_E2, x_scale_T1)
-    dgate_up_T2F, dgain = relu2_glu_quantize_backward(dy_TF, gate_up_T2F, gain, rstd_T1, expert_R)
+        return run(dy_TF, gate_up_T2F, gain, rstd_T1, expert_R, w_scale_E2, x_scale_T1, weight_T1, ends_E)
+    ends_E = ends_E if expert_R is None or ends_E is not None else ends_of_experts(expert_R, len(w_scale))
+    dgate_up_T2F, *others = relu2_glu_quantize_backward(dy_TF, gate_up_T2F, gain, rstd_T1, expert_R, weight_T1, ends_E)
     w_scale_EO = w_scale_E2.repeat_interleave(size, dim=1)
     if expert_R is None:
-        return tuple(quantize_grad(dgate_up_T2F, w_scale_EO[0], x_scale_T1)), dgain
-    experts_E = torch.arange(len(w_scale), dtype=expert_R.dtype, device=expert_R.device)
-    ends_E = torch.searchsorted(expert_R, experts_E, right=True, out_int32=True)
-    return tuple(grouped_quantize_grad(dgate_up_T2F, ends_E, w_scale_EO, x_scale_T1)), dgain
+        return tuple(quantize_grad(dgate_up_T2F, w_scale_EO[0], x_scale_T1)), *others
+    return tuple(grouped_quantize_grad(dgate_up_T2F, ends_E, w_scale_EO, x_scale_T1)), *others
 
 
-def _check_backward(dy_TF, gate_up_T2F, gain, rstd_TG, expert_R) -> None:
+def _check_backward(dy_TF, gate_up_T2F, gain, rstd_TG, expert_R, weight_T1) -> None:
     """Raise unless the gradient fits what the forward took and returned."""
     if (gain is None) != (rstd_TG is None):
         raise ValueError("gain and rstd come together: pass the rstd that the forward returned for this gain, or None")
     groups = 1 if rstd_TG is None else rstd_TG.shape[-1]
-    _check(gate_up_T2F, gain, groups, expert_R)
+    _check(gate_up_T2F, gain, groups, expert_R, weight_T1)
     check_floating(dy_TF, "dy")
     lead, size = gate_up_T2F.shape[:-1], gate_up_T2F.shape[-1] // 2
     if dy_TF.shape != (*lead, size):
@@ -182,8 +194,8 @@ def _check_backward(dy_TF, gate_up_T2F, gain, rstd_TG, expert_R) -> None:
         raise ValueError(f"rstd of shape {list(rstd_TG.shape)} does not fit gate_up of {list(gate_up_T2F.shape)}")
 
 
-def _check(gate_up_T2F, gain, groups: int, expert_R) -> None:
-    """Raise unless both projections, groups, gain and experts fit together."""
+def _check(gate_up_T2F, gain, groups: int, expert_R, weight_T1) -> None:
+    """Raise unless both projections, groups, gain, experts and weights fit together."""
     check_features(gate_up_T2F, "gate_up")
     if gate_up_T2F.shape[-1] % 2:
         raise ValueError(f"gate_up has {gate_up_T2F.shape[-1]} features: half of an even number is gate, half is up")
@@ -197,6 +209,11 @@ def _check(gate_up_T2F, gain, groups: int, expert_R) -> None:
                 f"expert_R of shape {list(expert_R.shape)} does not fit gate_up of shape {list(gate_up_T2F.shape)}: "
                 "pass one expert a token"
             )
+    if weight_T1 is not None:
+        check_floating(weight_T1, "weight")
+        if weight_T1.shape != (*gate_up_T2F.shape[:-1], 1):
+            wanted = [*gate_up_T2F.shape[:-1], 1]
+            raise ValueError(f"weight of shape {list(weight_T1.shape)} does not fit gate_up: pass {wanted}")
     if gain is None:
         return
     check_floating(gain, "gain")

@@ -1,6 +1,6 @@
 """Backward of ReLU2-GLU and sub-norm in one read of dy and gate_up; its result may be e4m3 codes.
 
-What      README eq. 6-9, and 10 where the gradient goes on to 8-bit products as codes: it then never reaches memory in
+What      README eq. 7-11, and 12 where the gradient goes on to 8-bit products as codes: it then never reaches memory in
           16 bits. fp32; dgate and dup are rounded once to the dtype of gate_up, and from there to e4m3, so that the
           codes have the bits of the separate steps.
 Contract  gate_up, gain and dy in bf16, fp16 or fp32, for codes gate_up in bf16 and one group; any sizes; tensors are
@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from bitmoe_kernels.act_quant.triton_kernels import IS_INTERPRETED
+from bitmoe_kernels.relu2_glu.reference import ends_of_experts
 from bitmoe_kernels.relu2_glu.triton_kernels import (
     load_piece,
     load_piece_again,
@@ -46,12 +47,15 @@ def relu2_glu_quantize_backward_triton(
     gain: torch.Tensor | None,
     rstd_TG: torch.Tensor | None,
     expert_R: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """dgate_up [..., 2F] in the dtype of gate_up, and dgain fp32 in the shape of the gain, or None."""
+    weight_T1: torch.Tensor | None = None,
+    ends_E: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """dgate_up [..., 2F] in the dtype of gate_up; fp32 dgain in the shape of the gain and dweight [..., 1], or None."""
     dgate_up_T2F = torch.empty_like(gate_up_T2F, memory_format=torch.contiguous_format)
-    num_experts = 1 if expert_R is None else len(gain)
-    dgain = _run(dy_TF, gate_up_T2F, gain, rstd_TG, expert_R, num_experts, (dgate_up_T2F, *[None] * 5))
-    return dgate_up_T2F, dgain
+    if expert_R is not None and ends_E is None:
+        ends_E = ends_of_experts(expert_R, len(gain))
+    outputs = dgate_up_T2F, *[None] * 5
+    return dgate_up_T2F, *_run(dy_TF, gate_up_T2F, gain, rstd_TG, expert_R, ends_E, weight_T1, outputs)
 
 
 def relu2_glu_rounded_backward_triton(
@@ -62,51 +66,57 @@ def relu2_glu_rounded_backward_triton(
     expert_R: torch.Tensor | None,
     w_scale_E2: torch.Tensor,
     x_scale_T1: torch.Tensor,
-) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
-    """dgate_up as ``ternary_gemm``'s codes e4m3 [T, 2F], scale [T, 1], powers [T, 1] and [E]; and dgain."""
+    weight_T1: torch.Tensor | None = None,
+    ends_E: torch.Tensor | None = None,
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None, torch.Tensor | None]:
+    """dgate_up as ``ternary_gemm``'s codes e4m3 [T, 2F], scale [T, 1], powers [T, 1] and [E]; dgain and dweight."""
     num_tokens, device = len(gate_up_T2F), gate_up_T2F.device
     codes_T2F = torch.empty(gate_up_T2F.shape, dtype=torch.int8, device=device)
     scale_T1, power_T1 = torch.empty(2, num_tokens, 1, dtype=torch.float32, device=device)
     largest_E = torch.zeros(len(w_scale_E2), dtype=torch.float32, device=device)
     scales = w_scale_E2.contiguous(), x_scale_T1.contiguous()
     outputs = codes_T2F, *scales, scale_T1, power_T1, largest_E
-    dgain = _run(dy_TF, gate_up_T2F, gain, rstd_T1, expert_R, len(w_scale_E2), outputs)
-    return (codes_T2F.view(torch.float8_e4m3fn), scale_T1, power_T1, largest_E), dgain
+    if expert_R is not None and ends_E is None:
+        ends_E = ends_of_experts(expert_R, len(w_scale_E2))
+    others = _run(dy_TF, gate_up_T2F, gain, rstd_T1, expert_R, ends_E, weight_T1, outputs)
+    return (codes_T2F.view(torch.float8_e4m3fn), scale_T1, power_T1, largest_E), *others
 
 
-def _run(dy_TF, gate_up_T2F, gain, rstd_TG, expert_R, num_experts: int, outputs: tuple) -> torch.Tensor | None:
-    """Fill ``outputs`` (dgate_up or its codes, and what belongs to codes); returns dgain."""
+def _run(
+    dy_TF, gate_up_T2F, gain, rstd_TG, expert_R, ends_E, weight_T1, outputs: tuple
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Fill ``outputs`` (dgate_up or its codes, and what belongs to codes); returns dgain and dweight."""
     gate_up_T2F = gate_up_T2F.contiguous()
-    size = gate_up_T2F.shape[-1] // 2
-    num_tokens = gate_up_T2F.numel() // (2 * size)
-    dgain = None if gain is None else torch.empty(gain.shape, dtype=torch.float32, device=gain.device)
-    if not num_tokens:
-        return None if dgain is None else dgain.zero_()
+    lead, size = gate_up_T2F.shape[:-1], gate_up_T2F.shape[-1] // 2
+    num_tokens, device = gate_up_T2F.numel() // (2 * size), gate_up_T2F.device
     groups = 1 if rstd_TG is None else rstd_TG.shape[-1]
+    dgain = None if gain is None else torch.empty(gain.shape, dtype=torch.float32, device=device)
+    dweight_TG = None if weight_T1 is None else torch.empty(num_tokens, groups, dtype=torch.float32, device=device)
+    if not num_tokens:
+        return None if dgain is None else dgain.zero_(), None if weight_T1 is None else weight_T1.float()
     tile = _tile(size // groups)
     tokens_a_block = tile["BLOCK_ROWS"]
     if gain is not None:
         tokens_a_block *= triton.cdiv(num_tokens * groups * tile["num_warps"], _WARPS_IN_FLIGHT * tokens_a_block)
     num_blocks = triton.cdiv(num_tokens, tokens_a_block)
-    # Tokens are sorted by expert, so block c and expert e alone have slot c + e.
-    partial_SF, offsets_E1 = None, None
+    partial_SF = None
     with torch.cuda.device_of(gate_up_T2F):
         if gain is not None:
             gain, rstd_TG = gain.contiguous(), rstd_TG.contiguous()
-            partial_SF = torch.empty(num_blocks + num_experts - 1, size, dtype=torch.float32, device=gain.device)
-        if expert_R is not None:
-            expert_R = expert_R.contiguous()
-            bounds_E1 = torch.arange(num_experts + 1, dtype=expert_R.dtype, device=expert_R.device)
-            offsets_E1 = torch.searchsorted(expert_R, bounds_E1, out_int32=True)
+            # Tokens are sorted by expert, so block c and expert e alone have slot c + e.
+            num_slots = num_blocks + (0 if ends_E is None else len(ends_E) - 1)
+            partial_SF = torch.empty(num_slots, size, dtype=torch.float32, device=device)
         _relu2_glu_bwd_kernel[(num_blocks, groups)](
             dy_TF.contiguous(),
             gate_up_T2F,
             gain,
             rstd_TG,
-            expert_R,
-            offsets_E1,
+            None if weight_T1 is None else weight_T1.contiguous(),
+            None if expert_R is None else expert_R.contiguous(),
+            ends_E,
             *outputs,
             partial_SF,
+            dweight_TG,
             num_tokens,
             tokens_a_block,
             size // groups,
@@ -118,9 +128,9 @@ def _run(dy_TF, gate_up_T2F, gain, rstd_TG, expert_R, num_experts: int, outputs:
             **tile,
         )
         if gain is not None:
-            _relu2_glu_bwd_gain_kernel[(triton.cdiv(size, _GAINS_A_PROGRAM), num_experts)](
+            _relu2_glu_bwd_gain_kernel[(triton.cdiv(size, _GAINS_A_PROGRAM), 1 if expert_R is None else len(ends_E))](
                 partial_SF,
-                offsets_E1,
+                ends_E,
                 dgain,
                 num_blocks,
                 tokens_a_block,
@@ -130,7 +140,9 @@ def _run(dy_TF, gate_up_T2F, gain, rstd_TG, expert_R, num_experts: int, outputs:
                 _GAINS_A_PROGRAM,
                 num_warps=4,
             )
-    return dgain
+    if weight_T1 is None:
+        return dgain, None
+    return dgain, (dweight_TG if groups == 1 else dweight_TG.sum(1)).view(*lead, 1)
 
 
 def _tile(num_features: int) -> dict[str, int]:
@@ -145,8 +157,9 @@ def _relu2_glu_bwd_kernel(
     gate_up_ptr,
     gain_ptr,
     rstd_ptr,
+    weight_ptr,
     expert_ptr,
-    offsets_ptr,
+    ends_ptr,
     out_ptr,
     w_scale_ptr,
     x_scale_ptr,
@@ -154,6 +167,7 @@ def _relu2_glu_bwd_kernel(
     power_ptr,
     largest_ptr,
     partial_ptr,
+    dweight_ptr,
     num_tokens,
     tokens_a_block,
     NUM_FEATURES: tl.constexpr,
@@ -175,8 +189,8 @@ def _relu2_glu_bwd_kernel(
     for expert in range(first_expert, last_expert + 1):
         start, end = block_start, block_end
         if HAS_EXPERTS:
-            start = tl.maximum(start, tl.load(offsets_ptr + expert))
-            end = tl.minimum(end, tl.load(offsets_ptr + expert + 1))
+            start = tl.maximum(start, tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0))
+            end = tl.minimum(end, tl.load(ends_ptr + expert))
         if HAS_NORM:
             gain_ptrs = gain_ptr + expert * SIZE + offs_group + tl.zeros([BLOCK_ROWS, 1], tl.int32)
             dgain = ()
@@ -191,6 +205,8 @@ def _relu2_glu_bwd_kernel(
             offs_gate = (tokens * (2 * SIZE) + offs_group)[:, None]
             if HAS_NORM:
                 rstd = tl.load(rstd_ptr + tokens * NUM_GROUPS + tl.program_id(1))[:, None]
+                new_dgain = ()
+            if HAS_NORM or weight_ptr is not None:
                 dots = tl.zeros([BLOCK_ROWS, BLOCK_FEATURES], tl.float32)
                 for piece in tl.static_range(NUM_PIECES):
                     gate = load_piece(gate_up_ptr + offs_gate, piece, NUM_FEATURES, BLOCK_FEATURES)
@@ -198,9 +214,18 @@ def _relu2_glu_bwd_kernel(
                     relu = tl.maximum(gate, 0.0, propagate_nan=tl.PropagateNan.ALL)
                     h = rounded(relu * relu * up, gate_up_ptr.dtype.element_ty)
                     dy = load_piece(dy_ptrs, piece, NUM_FEATURES, BLOCK_FEATURES)
-                    dots += dy * load_piece(gain_ptrs, piece, NUM_FEATURES, BLOCK_FEATURES) * h
-                mean = tl.sum(dots, axis=1, keep_dims=True) * rstd / NUM_FEATURES
-                new_dgain = ()
+                    if HAS_NORM:
+                        dy *= load_piece(gain_ptrs, piece, NUM_FEATURES, BLOCK_FEATURES)
+                    dots += dy * h
+                dot = tl.sum(dots, axis=1, keep_dims=True)
+                if HAS_NORM:
+                    dot *= rstd
+                    mean = dot / NUM_FEATURES
+                if weight_ptr is not None:
+                    weight = tl.load(weight_ptr + tokens).to(tl.float32)[:, None]
+                    tl.store(dweight_ptr + (tokens * NUM_GROUPS + tl.program_id(1))[:, None], dot)
+                    if HAS_NORM:
+                        mean *= weight
             pairs, largest = (), tl.zeros([BLOCK_ROWS, BLOCK_FEATURES], tl.int32)
             # Not in registers: that would leave no room for dgain.
             for piece in tl.static_range(NUM_PIECES):
@@ -208,6 +233,8 @@ def _relu2_glu_bwd_kernel(
                 up = load_piece_again(gate_up_ptr + offs_gate + SIZE, piece, NUM_FEATURES, BLOCK_FEATURES)
                 relu = tl.maximum(gate, 0.0, propagate_nan=tl.PropagateNan.ALL)
                 dh = load_piece_again(dy_ptrs, piece, NUM_FEATURES, BLOCK_FEATURES)
+                if weight_ptr is not None:
+                    dh *= weight
                 if HAS_NORM:
                     unit = rounded(relu * relu * up, gate_up_ptr.dtype.element_ty) * rstd
                     dy = dh if BLOCK_ROWS == 1 else tl.where(is_token[:, None], dh, 0.0)
@@ -285,7 +312,7 @@ def _codes(bits, w_scale, reciprocal):
 @triton.jit
 def _relu2_glu_bwd_gain_kernel(
     partial_ptr,
-    offsets_ptr,
+    ends_ptr,
     dgain_ptr,
     num_blocks,
     tokens_a_block,
@@ -297,7 +324,8 @@ def _relu2_glu_bwd_gain_kernel(
     expert = tl.program_id(1)
     first, end = 0, num_blocks
     if HAS_EXPERTS:
-        start_token, end_token = tl.load(offsets_ptr + expert), tl.load(offsets_ptr + expert + 1)
+        start_token = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
+        end_token = tl.load(ends_ptr + expert)
         first = start_token // tokens_a_block
         # The slots of an expert without tokens may never have been written.
         end = tl.where(start_token < end_token, tl.cdiv(end_token, tokens_a_block), first)

@@ -1,6 +1,6 @@
 """ReLU2-GLU, sub-norm and quantization in one read of gate_up and one write of codes.
 
-What      README eq. 1-5. Codes, scale and rstd equal reference.py bit for bit: its operations, one by one.
+What      README eq. 1-6. Codes, scale and rstd equal reference.py bit for bit: its operations, one by one.
 Contract  gate_up and gain in bf16, fp16 or fp32; any sizes; tensors are made contiguous; rows sorted by expert.
 Tiling    a row (group) is cut into pieces of one size, of which a thread holds 4 elements each: 11008 features are 11
           pieces of 1024, where a power of two would pad a row by half. The row length is a constant of the compiled
@@ -53,6 +53,7 @@ def relu2_glu_quantize_triton(
     num_format: str,
     groups: int,
     expert_R: torch.Tensor | None,
+    weight_T1: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Codes int8 [..., F], scale and rstd fp32 [..., groups]; rstd is None without a gain."""
     gate_up_T2F = gate_up_T2F.contiguous()
@@ -68,6 +69,7 @@ def relu2_glu_quantize_triton(
                 gate_up_T2F,
                 None if gain is None else gain.contiguous(),
                 None if expert_R is None else expert_R.contiguous(),
+                None if weight_T1 is None else weight_T1.contiguous(),
                 codes_TF,
                 scale_TG,
                 rstd_TG,
@@ -90,6 +92,7 @@ def _relu2_glu_fwd_kernel(
     gate_up_ptr,
     gain_ptr,
     expert_ptr,
+    weight_ptr,
     codes_ptr,
     scale_ptr,
     rstd_ptr,
@@ -144,7 +147,10 @@ def _relu2_glu_fwd_kernel(
             size = tl.abs(to_float32(tiles[piece]))
             magnitude = tl.maximum(magnitude, size, propagate_nan=tl.PropagateNan.ALL)
         scale = row_scales(magnitude, NUM_FEATURES, FORMAT, LEVELS)
-    tl.store(scale_ptr + rows, scale)
+    if weight_ptr is None:
+        tl.store(scale_ptr + rows, scale)
+    else:
+        tl.store(scale_ptr + rows, scale * tl.load(weight_ptr + tokens).to(tl.float32))
     codes_ptrs = codes_ptr + (rows * NUM_FEATURES)[:, None]
     for piece in tl.static_range(NUM_PIECES):
         codes = row_codes(tiles[piece], scale, FORMAT)

@@ -7,7 +7,7 @@ Nothing here waits for the GPU or has a size that only it knows. Plain functions
 
 import torch
 
-from bitmoe_kernels.dispatch import on_triton_device, runs_triton, runs_triton_by_row
+from bitmoe_kernels.dispatch import on_triton_device, runs_triton
 from bitmoe_kernels.token_permute import reference
 from bitmoe_kernels.token_permute.reference import RowPlan
 from bitmoe_kernels.validation import check_features, check_floating
@@ -77,58 +77,56 @@ def sum_rows(dx_RH: torch.Tensor, plan: RowPlan) -> torch.Tensor:
     check_features(dx_RH, "dx")
     _check_rows(dx_RH, "dx", len(plan.source_R))
     if runs_triton(dx_RH):
-        return _triton_kernels().combine_triton(dx_RH, None, plan)
+        return _triton_kernels().sum_rows_triton(dx_RH, plan)
     return reference.sum_rows_reference(dx_RH, plan)
 
 
 @torch.no_grad()
-def combine(y_RH: torch.Tensor, probs_TK: torch.Tensor, plan: RowPlan) -> torch.Tensor:
-    """Add the rows of each token, weighted (README eq. 4).
+def permute_probs(probs_TE: torch.Tensor, plan: RowPlan) -> torch.Tensor:
+    """The routing probability of each row (README eq. 4).
 
     Args:
-        y_RH: experts' outputs, [R, H].
-        probs_TK: weight of each row, [T, K], experts ascending as in ``plan.expert_TK``.
+        probs_TE: [T, E].
         plan: from :func:`plan_rows`.
 
     Returns:
-        [T, H] in the dtype of y, computed in fp32 (fp64 where y or the weights are fp64) and rounded once.
+        [R, 1] in the dtype of the probabilities.
 
     Raises:
-        TypeError: tensors that are not floating point.
-        ValueError: tensors that do not fit the plan.
+        TypeError: probabilities that are not floating point.
+        ValueError: probabilities that do not fit the plan.
     """
-    _check_weighted(y_RH, probs_TK, plan)
-    if runs_triton(y_RH) and runs_triton(probs_TK):
-        return _triton_kernels().combine_triton(y_RH, probs_TK, plan)
-    return reference.combine_reference(y_RH, probs_TK, plan)
+    check_floating(probs_TE, "probs")
+    wanted = [len(plan.row_TK), len(plan.ends_E)]
+    if list(probs_TE.shape) != wanted:
+        raise ValueError(f"probs have shape {list(probs_TE.shape)}: the plan needs {wanted}, [T, E]")
+    if on_triton_device(probs_TE):
+        return _triton_kernels().permute_probs_triton(probs_TE, plan)
+    return reference.permute_probs_reference(probs_TE, plan)
 
 
 @torch.no_grad()
-def combine_backward(
-    dout_TH: torch.Tensor, y_RH: torch.Tensor, probs_TK: torch.Tensor, plan: RowPlan
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of :func:`combine` (README eq. 5).
+def permute_probs_backward(dprobs_R1: torch.Tensor, plan: RowPlan) -> torch.Tensor:
+    """Gradient of :func:`permute_probs` (README eq. 5).
 
     Args:
-        dout_TH: gradient of its result, [T, H].
-        y_RH: its input, [R, H].
-        probs_TK: its weights, [T, K].
+        dprobs_R1: gradients of rows' probabilities, [R, 1].
         plan: from :func:`plan_rows`.
 
     Returns:
-        dy [R, H] in the dtype of y, and dprobs [T, K] in fp32 (fp64 where y or the weights are fp64).
+        [T, E] in the dtype of the gradients; 0 for experts that a token is not sent to.
 
     Raises:
-        TypeError: tensors that are not floating point.
-        ValueError: tensors that do not fit the plan.
+        TypeError: gradients that are not floating point.
+        ValueError: gradients that do not fit the plan.
     """
-    _check_weighted(y_RH, probs_TK, plan)
-    check_floating(dout_TH, "dout")
-    if dout_TH.shape != (len(plan.row_TK), y_RH.shape[1]):
-        raise ValueError(f"dout of shape {list(dout_TH.shape)} does not fit y of shape {list(y_RH.shape)}: pass [T, H]")
-    if runs_triton_by_row(y_RH) and runs_triton(probs_TK) and runs_triton(dout_TH):
-        return _triton_kernels().combine_backward_triton(dout_TH, y_RH, probs_TK, plan)
-    return reference.combine_backward_reference(dout_TH, y_RH, probs_TK, plan)
+    check_floating(dprobs_R1, "dprobs")
+    if dprobs_R1.shape != (len(plan.source_R), 1):
+        wanted = [len(plan.source_R), 1]
+        raise ValueError(f"dprobs have shape {list(dprobs_R1.shape)}: the plan needs {wanted}, [R, 1]")
+    if on_triton_device(dprobs_R1):
+        return _triton_kernels().permute_probs_backward_triton(dprobs_R1, plan)
+    return reference.permute_probs_backward_reference(dprobs_R1, plan)
 
 
 def _check_counts(routing_map_TE: torch.Tensor, topk: int) -> None:
@@ -140,14 +138,6 @@ def _check_counts(routing_map_TE: torch.Tensor, topk: int) -> None:
         token = int(wrong[0])
         count = int(routing_map_TE[token].sum())
         raise ValueError(f"token {token} goes to {count} experts instead of topk={topk}: route without dropping")
-
-
-def _check_weighted(y_RH: torch.Tensor, probs_TK: torch.Tensor, plan: RowPlan) -> None:
-    check_features(y_RH, "y")
-    _check_rows(y_RH, "y", len(plan.source_R))
-    check_floating(probs_TK, "probs")
-    if probs_TK.shape != plan.row_TK.shape:
-        raise ValueError(f"probs have shape {list(probs_TK.shape)}: the plan needs {list(plan.row_TK.shape)}, [T, K]")
 
 
 def _check_rows(x_RH: torch.Tensor, name: str, num_rows: int) -> None:

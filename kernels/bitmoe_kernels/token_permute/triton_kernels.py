@@ -1,13 +1,12 @@
 """Tokens to the rows of their experts and back: one kernel a direction, token by token.
 
-What      README eq. 1-5. All but dp of (5), an fp32 sum in another order, equal reference.py bit for bit.
-          Deterministic: no atomics, every element is written by one program.
-Contract  maps [T, E] of less than 2**31 pairs; permute: any dtype; else bf16, fp16 or fp32. All is made contiguous.
-          The backward holds a whole row of y and of dout in registers, up to dispatch.LONGEST_ROW features.
-Tiling    a program takes whole tokens (or, in a long row, 2,048 features of one): x or dout is read once, K rows are
+What      README eq. 1-5, equal to reference.py bit for bit. Deterministic: no atomics, every element is written by one
+          program.
+Contract  maps [T, E] of less than 2**31 pairs; sums: bf16, fp16 or fp32; else any dtype. All is made contiguous.
+Tiling    a program takes whole tokens (or, in a long row, 2,048 features of one): x is read once, K rows are
           written or read once, in loads of 16 bytes a thread where rows are multiples of that. Permuting row by row
-          would read each token K times. The plan: 4,096 pairs of token and expert a program, after a running count
-          by torch over the transposed map: 18 bytes a pair, little beside the rows.
+          would read each token K times. The plan and gradients of probabilities: 4,096 pairs of token and expert a
+          program; the plan after a running count by torch over the transposed map: 18 bytes a pair, little beside rows.
 Not here  fp64, argument checks and dispatch (op.py).
 """
 
@@ -24,7 +23,7 @@ from bitmoe_kernels.act_quant.triton_kernels import round_to, to_float32
 from bitmoe_kernels.token_permute.reference import RowPlan
 
 _TILE = 2048
-_PLAN_TILE = 4096
+_PAIRS = 4096
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 
 
@@ -35,14 +34,12 @@ def plan_rows_triton(routing_map_TE: torch.Tensor, topk: int) -> RowPlan:
     # Zeros, so that a map with another number of experts never sends a later kernel out of its tensors.
     memory = torch.zeros(3 * num_rows + num_experts, dtype=torch.int32, device=device)
     source_R, row_R, expert_R, ends_E = memory.split([num_rows, num_rows, num_rows, num_experts])
-    expert_TK = torch.zeros(num_tokens, topk, dtype=torch.int64, device=device)
-    plan = RowPlan(source_R, row_R.view(num_tokens, topk), expert_TK, expert_R, ends_E)
+    plan = RowPlan(source_R, row_R.view(num_tokens, topk), expert_R, ends_E)
     if num_tokens:
         map_ET = routing_map_TE.T.to(torch.int32, memory_format=torch.contiguous_format)
-        block_experts = triton.next_power_of_2(num_experts)
-        block_tokens = min(128, max(1, _PLAN_TILE // block_experts))
+        tile = _pair_tile(num_experts)
         with torch.cuda.device_of(routing_map_TE):
-            _plan_kernel[(triton.cdiv(num_tokens, block_tokens),)](
+            _plan_kernel[(triton.cdiv(num_tokens, tile["BLOCK_TOKENS"]),)](
                 routing_map_TE.contiguous().view(torch.uint8),
                 map_ET.view(-1).cumsum(0, dtype=torch.int32),
                 *plan,
@@ -50,9 +47,7 @@ def plan_rows_triton(routing_map_TE: torch.Tensor, topk: int) -> RowPlan:
                 num_rows,
                 num_experts,
                 topk,
-                block_tokens,
-                block_experts,
-                num_warps=8,
+                **tile,
             )
     return plan
 
@@ -72,55 +67,55 @@ def permute_triton(x_TH: torch.Tensor, plan: RowPlan) -> torch.Tensor:
     return rows_RW.view(x_TH.dtype)
 
 
-def combine_triton(y_RH: torch.Tensor, probs_TK: torch.Tensor | None, plan: RowPlan) -> torch.Tensor:
-    """README eq. 4, or eq. 3 without probabilities: [T, H]."""
-    y_RH = y_RH.contiguous()
+def sum_rows_triton(dx_RH: torch.Tensor, plan: RowPlan) -> torch.Tensor:
+    """README eq. 3: [T, H]."""
+    dx_RH = dx_RH.contiguous()
     num_tokens, topk = plan.row_TK.shape
-    out_TH = torch.empty(num_tokens, y_RH.shape[1], dtype=y_RH.dtype, device=y_RH.device)
+    out_TH = torch.empty(num_tokens, dx_RH.shape[1], dtype=dx_RH.dtype, device=dx_RH.device)
     if num_tokens:
         grid, tile = _tiles(*out_TH.shape)
-        with torch.cuda.device_of(y_RH):
-            _combine_kernel[grid](
-                y_RH,
-                None if probs_TK is None else probs_TK.contiguous(),
-                plan.row_TK,
-                out_TH,
-                num_tokens,
-                y_RH.shape[1],
-                topk,
-                enable_fp_fusion=False,
-                **tile,
-            )
+        with torch.cuda.device_of(dx_RH):
+            _sum_rows_kernel[grid](dx_RH, plan.row_TK, out_TH, num_tokens, dx_RH.shape[1], topk, **tile)
     return out_TH
 
 
-def combine_backward_triton(
-    dout_TH: torch.Tensor, y_RH: torch.Tensor, probs_TK: torch.Tensor, plan: RowPlan
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """README eq. 5: dy [R, H], dprobs fp32 [T, K]."""
-    y_RH = y_RH.contiguous()
-    num_tokens, topk = plan.row_TK.shape
-    dy_RH = torch.empty_like(y_RH)
-    dprobs_TK = torch.empty(num_tokens, topk, dtype=torch.float32, device=y_RH.device)
-    if num_tokens:
-        block_features = triton.next_power_of_2(y_RH.shape[1])
-        block_tokens = max(1, _TILE // block_features)
-        with torch.cuda.device_of(y_RH):
-            _combine_bwd_kernel[(triton.cdiv(num_tokens, block_tokens),)](
-                dout_TH.contiguous(),
-                y_RH,
-                probs_TK.contiguous(),
-                plan.row_TK,
-                dy_RH,
-                dprobs_TK,
-                num_tokens,
-                y_RH.shape[1],
-                topk,
-                block_tokens,
-                block_features,
-                num_warps=min(16, max(4, block_features // 512)),
+def permute_probs_triton(probs_TE: torch.Tensor, plan: RowPlan) -> torch.Tensor:
+    """README eq. 4: [R, 1]."""
+    num_rows = len(plan.source_R)
+    probs_R1 = torch.empty(num_rows, 1, dtype=probs_TE.dtype, device=probs_TE.device)
+    if num_rows:
+        with torch.cuda.device_of(probs_TE):
+            _permute_probs_kernel[(triton.cdiv(num_rows, 512),)](
+                probs_TE.contiguous(), plan.source_R, plan.expert_R, probs_R1, num_rows, probs_TE.shape[1], 512
             )
-    return dy_RH, dprobs_TK
+    return probs_R1
+
+
+def permute_probs_backward_triton(dprobs_R1: torch.Tensor, plan: RowPlan) -> torch.Tensor:
+    """README eq. 5: [T, E]."""
+    (num_tokens, topk), num_experts = plan.row_TK.shape, len(plan.ends_E)
+    dprobs_TE = torch.empty(num_tokens, num_experts, dtype=dprobs_R1.dtype, device=dprobs_R1.device)
+    if num_tokens:
+        tile = _pair_tile(num_experts)
+        with torch.cuda.device_of(dprobs_R1):
+            _permute_probs_bwd_kernel[(triton.cdiv(num_tokens, tile["BLOCK_TOKENS"]),)](
+                dprobs_R1.contiguous(),
+                plan.row_TK,
+                plan.expert_R,
+                dprobs_TE,
+                num_tokens,
+                num_experts,
+                topk,
+                **tile,
+            )
+    return dprobs_TE
+
+
+def _pair_tile(num_experts: int) -> dict[str, int]:
+    """Tile of a kernel that goes over all pairs of token and expert."""
+    block_experts = triton.next_power_of_2(num_experts)
+    block_tokens = min(128, max(1, _PAIRS // block_experts))
+    return {"BLOCK_TOKENS": block_tokens, "BLOCK_EXPERTS": block_experts, "num_warps": 8}
 
 
 def _tiles(num_tokens: int, num_features: int) -> tuple[tuple[int, int], dict]:
@@ -137,8 +132,7 @@ def _plan_kernel(
     count_ptr,
     source_ptr,
     row_ptr,
-    token_expert_ptr,
-    row_expert_ptr,
+    expert_ptr,
     ends_ptr,
     num_tokens,
     num_rows,
@@ -156,9 +150,8 @@ def _plan_kernel(
     slots = tl.cumsum(is_routed, 1) - 1
     mask = mask & (is_routed != 0) & (slots < TOPK) & (rows < num_rows)
     tl.store(row_ptr + tokens * TOPK + slots, rows, mask=mask)
-    tl.store(token_expert_ptr + tokens * TOPK + slots, experts.to(tl.int64), mask=mask)
     tl.store(source_ptr + rows, tokens, mask=mask)
-    tl.store(row_expert_ptr + rows, experts, mask=mask)
+    tl.store(expert_ptr + rows, experts, mask=mask)
     if tl.program_id(0) == 0:
         last = (experts + 1) * num_tokens - 1
         tl.store(ends_ptr + experts, tl.load(count_ptr + last, mask=experts < NUM_EXPERTS), mask=experts < NUM_EXPERTS)
@@ -198,9 +191,8 @@ def _permute_kernel(
 
 
 @triton.jit
-def _combine_kernel(
-    y_ptr,
-    probs_ptr,
+def _sum_rows_kernel(
+    dx_ptr,
     row_ptr,
     out_ptr,
     num_tokens,
@@ -214,34 +206,41 @@ def _combine_kernel(
     # Unrolled, so that loads of several rows are in flight.
     for k in tl.static_range(TOPK):
         offs = _row_offsets(row_ptr, tokens, mask_tokens, k, NUM_FEATURES, TOPK) + features
-        y = to_float32(tl.load(y_ptr + offs, mask=mask, other=0.0))
-        if probs_ptr is not None:
-            probs = tl.load(probs_ptr + tokens * TOPK + k, mask=mask_tokens, other=0.0).to(tl.float32)
-            y = y * probs[:, None]
-        total += y
+        total += to_float32(tl.load(dx_ptr + offs, mask=mask, other=0.0))
     out_ptrs = out_ptr + tokens[:, None] * NUM_FEATURES + features
     tl.store(out_ptrs, round_to(total, out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _combine_bwd_kernel(
-    dout_ptr,
-    y_ptr,
-    probs_ptr,
-    row_ptr,
-    dy_ptr,
+def _permute_probs_kernel(
+    probs_ptr, source_ptr, expert_ptr, out_ptr, num_rows, NUM_EXPERTS: tl.constexpr, BLOCK: tl.constexpr
+):
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = rows < num_rows
+    source = tl.load(source_ptr + rows, mask=mask, other=0).to(tl.int64)
+    expert = tl.load(expert_ptr + rows, mask=mask, other=0)
+    tl.store(out_ptr + rows, tl.load(probs_ptr + source * NUM_EXPERTS + expert, mask=mask), mask=mask)
+
+
+@triton.jit
+def _permute_probs_bwd_kernel(
     dprobs_ptr,
+    row_ptr,
+    expert_ptr,
+    out_ptr,
     num_tokens,
-    NUM_FEATURES: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
     TOPK: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
-    BLOCK_FEATURES: tl.constexpr,
+    BLOCK_EXPERTS: tl.constexpr,
 ):
-    tokens, features, mask_tokens, mask = _tile_offsets(num_tokens, NUM_FEATURES, BLOCK_TOKENS, BLOCK_FEATURES)
-    dout = to_float32(tl.load(dout_ptr + tokens[:, None] * NUM_FEATURES + features, mask=mask, other=0.0))
+    tokens = tl.program_id(0).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    experts = tl.arange(0, BLOCK_EXPERTS)[None, :]
+    mask_tokens = tokens < num_tokens
+    dprobs = tl.zeros((BLOCK_TOKENS, BLOCK_EXPERTS), dtype=out_ptr.dtype.element_ty)
     for k in tl.static_range(TOPK):
-        offs = _row_offsets(row_ptr, tokens, mask_tokens, k, NUM_FEATURES, TOPK) + features
-        y = to_float32(tl.load(y_ptr + offs, mask=mask, other=0.0))
-        probs = tl.load(probs_ptr + tokens * TOPK + k, mask=mask_tokens, other=0.0).to(tl.float32)
-        tl.store(dy_ptr + offs, round_to(dout * probs[:, None], dy_ptr.dtype.element_ty), mask=mask)
-        tl.store(dprobs_ptr + tokens * TOPK + k, tl.sum(dout * y, axis=1), mask=mask_tokens)
+        rows = tl.load(row_ptr + tokens * TOPK + k, mask=mask_tokens, other=0)
+        expert = tl.load(expert_ptr + rows, mask=mask_tokens, other=0)
+        dprobs = tl.where(experts == expert[:, None], tl.load(dprobs_ptr + rows, mask=mask_tokens)[:, None], dprobs)
+    mask = mask_tokens[:, None] & (experts < NUM_EXPERTS)
+    tl.store(out_ptr + tokens[:, None] * NUM_EXPERTS + experts, dprobs, mask=mask)
