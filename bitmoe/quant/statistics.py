@@ -1,7 +1,7 @@
 """Health of a quantized model: zeros and clipping of activation codes by role, zeros and flips of ternary codes.
 
-Counting activations costs reductions over every code tensor, so it runs only while ``recording`` (the trainer switches
-it on for the steps it logs). Those of ternary codes come with the codes. Counts stay on the device until ``collect``.
+Counting activations costs reductions over every code tensor, and flips a read of the former codes, so both run only
+while ``recording`` (the trainer switches it on for the steps it logs). Counts stay on the device until ``collect``.
 """
 
 import torch
@@ -30,11 +30,13 @@ class QuantStatistics:
             # The total is filled in on the device: a tensor copied there would make it wait.
             self._add(f"act/{role}", torch.stack([zeros, edge.sum(), torch.full_like(zeros, codes.numel())]))
 
-    def add_weights(self, role: str, counts_3: torch.Tensor) -> None:
-        """Add counts of the ternary codes of one weight: zeros, codes other than those of its former value, and all.
+    @property
+    def counts_weights(self) -> bool:
+        """Whether ternary codes that are made now are counted: an evaluation that makes them must not hide them."""
+        return self.recording or not torch.is_grad_enabled()
 
-        Counted whenever codes are made of a new value, once a step: an evaluation that makes them must not hide them.
-        """
+    def add_weights(self, role: str, counts_3: torch.Tensor) -> None:
+        """Add counts of the ternary codes of one weight: zeros, codes other than those of its former value, and all."""
         self._add(f"weight/{role}", counts_3)
 
     def _add(self, key: str, counts_3: torch.Tensor) -> None:

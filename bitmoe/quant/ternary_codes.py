@@ -86,18 +86,22 @@ class CodeCache:
         """
         is_new = self.epoch != self._policy.epoch
         if is_new or not self._holds(row_dtype, with_columns):
+            statistics = self._policy.statistics
+            is_counted = is_new and statistics.counts_weights
             with torch.no_grad():
-                scale, self._codes = self._made(row_dtype, with_columns)
+                scale, self._codes = self._made(row_dtype, with_columns, is_counted)
             # At one address, for recorded passes.
             self._scale = scale if self._scale is None else self._scale.copy_(scale)
-            if is_new:
-                self._policy.statistics.add_weights(self._role, self._codes.counts)
+            if is_counted:
+                statistics.add_weights(self._role, self._codes.counts)
             self.epoch = self._policy.epoch
         return WeightOperands(self._codes.rows, self._codes.columns, self._scale)
 
-    def _made(self, row_dtype: torch.dtype, with_columns: bool) -> tuple[torch.Tensor, TernaryOperands]:
+    def _made(
+        self, row_dtype: torch.dtype, with_columns: bool, counts_changes: bool
+    ) -> tuple[torch.Tensor, TernaryOperands]:
         """Scales and codes of the present value."""
-        layout, made = (row_dtype, with_columns, self._codes), self._make()
+        layout, made = (row_dtype, with_columns, self._codes, counts_changes), self._make()
         if isinstance(made, OwnBlocks):
             scale, codes = absmean_operands(*made, *layout)
             repeats = made.weight_EOI.shape[-2] // made.groups if made.dim == 0 else 1

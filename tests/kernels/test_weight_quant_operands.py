@@ -144,7 +144,7 @@ def test_one_launch_equals_its_steps(kernels, triton_device, dtype, shape, group
         w_OI = w_OI.to(dtype)
         wanted_G = absmean_scale_reference(absmean_sums_reference(w_OI, groups, -2), shape[-1] * shape[-2] // groups)
         wanted = ternary_operands_reference(w_OI, wanted_G, -2, E4M3, True, former_rows)
-        got_G, *got = kernels.absmean_operands_triton(w_OI.to(triton_device), groups, E4M3, True, former, tile)
+        got_G, *got = kernels.absmean_operands_triton(w_OI.to(triton_device), groups, E4M3, True, former, True, tile)
         assert_same_bits([got_G, *got], [wanted_G, *wanted])
         former_rows, former = wanted[0], got[:2]
 
@@ -179,6 +179,21 @@ def test_absmean_operands_are_its_steps(groups, dim):
     assert_same_bits(
         [scale_G, *operands], [wanted_G, *ternary_operands(w_EOI, wanted_G, dim, torch.int8, True, former)]
     )
+
+
+def test_changes_need_not_be_counted(kernels, triton_device):
+    """The former codes' memory is taken all the same."""
+    old, new = (gaussian(4, 20, 12, seed=seed) for seed in (1, 2))
+    scale_E1 = torch.full((4, 1), 0.8)
+    wanted = ternary_operands_reference(new, scale_E1, -2, torch.int8, True, None)
+    assert_same_bits(
+        ternary_operands(new, scale_E1, 0, torch.int8, True, ternary_operands(old, scale_E1), False), wanted
+    )
+    old, new, scale_E1 = (x.to(triton_device) for x in (old, new, scale_E1))
+    former = kernels.ternary_operands_triton(old, scale_E1, -2, torch.int8, True)[:2]
+    got = kernels.ternary_operands_triton(new, scale_E1, -2, torch.int8, True, former, False)
+    assert_same_bits(got, wanted)
+    assert [x.data_ptr() for x in got[:2]] == [x.data_ptr() for x in former]
 
 
 def test_two_runs_are_equal(kernels, triton_device):

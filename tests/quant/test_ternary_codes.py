@@ -138,6 +138,7 @@ def test_another_layout_is_made_from_the_same_value(counted):
 def test_codes_are_counted_once_per_parameter_value(counted):
     """However many layouts are made of it; a change of type between values does not hide what flipped."""
     cache, policy, weight, _ = counted
+    policy.statistics.recording = True
     zeros = int((cache.get()[0] == 0).sum())
     cache.operands(torch.float8_e4m3fn, with_columns=True)
     assert policy.statistics.collect(torch.device("cpu")) == {"zeros/down": zeros / 64, "flips/down": 0.0}
@@ -147,3 +148,16 @@ def test_codes_are_counted_once_per_parameter_value(counted):
     cache.get()
     expected = {"zeros/down": zeros / 64, "flips/down": (64 - zeros) / 64}
     assert policy.statistics.collect(torch.device("cpu")) == expected
+
+
+def test_codes_of_steps_that_are_not_logged_are_not_counted(counted):
+    """Those of an evaluation are: the step after it makes none."""
+    cache, policy, weight, _ = counted
+    for counts, is_training in ((False, True), (True, False)):
+        with torch.no_grad():
+            weight.mul_(-1)
+        policy.parameters_changed()
+        with torch.set_grad_enabled(is_training):
+            zeros = int((cache.get()[0] == 0).sum())
+        shares = policy.statistics.collect(torch.device("cpu"))
+        assert shares == ({"zeros/down": zeros / 64, "flips/down": (64 - zeros) / 64} if counts else {})

@@ -44,15 +44,16 @@ def absmean_operands_triton(
     row_dtype: torch.dtype,
     with_columns: bool,
     former: tuple[torch.Tensor, torch.Tensor | None] | None = None,
+    counts_changes: bool = True,
     tile: dict = TILE,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """Scale fp32 [..., groups] of equal blocks of rows, and what ``ternary_operands_triton`` returns.
 
-    ``former`` as there; ``tile`` is for tests. A block is whole tiles, or the matrix.
+    ``former`` and ``counts_changes`` as there; ``tile`` is for tests. A block is whole tiles, or the matrix.
     """
     w_OI = w_OI.contiguous()
     batch, (num_rows, num_columns) = w_OI.shape[:-2], w_OI.shape[-2:]
-    memory = operand_memory(w_OI, row_dtype, with_columns, former, tile)
+    memory = operand_memory(w_OI, row_dtype, with_columns, former, counts_changes, tile)
     num_units, unit_size = math.prod(batch) * groups, num_rows // groups * num_columns
     num_parts = triton.cdiv(unit_size, _SUM_TILE * _TILES_A_PART)
     tiles_a_unit = memory.counts_3N.shape[1] // num_units

@@ -30,6 +30,7 @@ class OperandMemory(NamedTuple):
     """Where codes go, and what the kernel must know of it."""
 
     former_rows: torch.Tensor | None
+    """To compare with, if changes are counted; may be the same memory as the new ones."""
     rows: torch.Tensor
     columns: torch.Tensor | None
     counts_3N: torch.Tensor
@@ -60,6 +61,7 @@ def operand_memory(
     row_dtype: torch.dtype,
     with_columns: bool,
     former: tuple[torch.Tensor, torch.Tensor | None] | None,
+    counts_changes: bool,
     tile: dict,
 ) -> OperandMemory:
     """Room for the codes of ``w_OI``: that of the ``former`` rows and columns where type and layout are the same."""
@@ -75,7 +77,7 @@ def operand_memory(
         columns_IP = torch.empty(shape, dtype=torch.int8, device=w_OI.device).view(torch.float8_e4m3fn)
     tiles = triton.cdiv(num_rows, tile["BLOCK_O"]) * triton.cdiv(num_columns, tile["BLOCK_I"])
     counts_3N = torch.empty(3, math.prod(batch) * tiles, dtype=torch.int32, device=w_OI.device)
-    return OperandMemory(former_rows_OI, rows_OI, columns_IP, counts_3N)
+    return OperandMemory(former_rows_OI if counts_changes else None, rows_OI, columns_IP, counts_3N)
 
 
 def ternary_operands_triton(
@@ -85,6 +87,7 @@ def ternary_operands_triton(
     row_dtype: torch.dtype,
     with_columns: bool,
     former: tuple[torch.Tensor, torch.Tensor | None] | None = None,
+    counts_changes: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """Codes [..., O, I] in ``row_dtype``, transposed codes e4m3 [..., I, P] if wanted, and counts int64 [3].
 
@@ -92,7 +95,7 @@ def ternary_operands_triton(
     """
     w_OI, scale_G = w_OI.contiguous(), scale_G.contiguous()
     num_rows, num_columns = w_OI.shape[-2:]
-    memory = operand_memory(w_OI, row_dtype, with_columns, former, OPERANDS_TILE)
+    memory = operand_memory(w_OI, row_dtype, with_columns, former, counts_changes, OPERANDS_TILE)
     if num_tiles := memory.counts_3N.shape[1]:
         with torch.cuda.device_of(w_OI):
             _ternary_operands_kernel[(num_tiles,)](
