@@ -15,6 +15,7 @@ from bitmoe.layers.bit_linear import group_ids
 from bitmoe.layers.context import LayerContext
 from bitmoe.layers.dispatch import Dispatch
 from bitmoe.layers.grouped_code_product import (
+    RowCodes,
     grouped_activated_gradients,
     grouped_gradients,
     grouped_scaled_product,
@@ -194,26 +195,31 @@ class _DispatchedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, carrier_TH, codes_TH, scale_T1, probs_TE, weight, operands, dispatch):
         x = carrier_TH, codes_TH, scale_T1, probs_TE
-        rows, probs_R1, gate_up_R2F = _dispatch_and_multiply(ctx, *x, weight, operands, dispatch)
-        ctx.save_for_backward(*rows)
+        kept, probs_R1, gate_up_R2F = _dispatch_and_multiply(ctx, *x, weight, operands, dispatch)
+        ctx.save_for_backward(*kept)
         return gate_up_R2F, probs_R1
 
     @staticmethod
     def backward(ctx, grad_RO, grad_probs_R1):
-        ends_E, operands = ctx.dispatch.ends_E, ctx.operands
-        grad_RH, grad_weight = grouped_gradients(grad_RO, *ctx.saved_tensors, operands, ends_E, is_column=True)
+        ends_E, operands, x = ctx.dispatch.ends_E, ctx.operands, RowCodes(*ctx.saved_tensors)
+        grad_RH, grad_weight = grouped_gradients(grad_RO, x, operands, ends_E, is_column=True)
         grad_TH, grad_probs_TE = ctx.dispatch.send_back(grad_RH, grad_probs_R1)
         return grad_TH, None, None, grad_probs_TE, into_main_grad(ctx.weight, grad_weight), None, None
 
 
 def _dispatch_and_multiply(
     ctx, carrier_TH, codes_TH, scale_T1, probs_TE, weight, operands, dispatch
-) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor, torch.Tensor]:
-    """Rows with their scales, their probabilities, and gate and up; ``ctx`` keeps what is no tensor."""
+) -> tuple[RowCodes, torch.Tensor, torch.Tensor]:
+    """What the backward needs of the rows, their probabilities, and gate and up; ``ctx`` keeps what is no tensor.
+
+    Where rows are copies of tokens of this rank, codes are kept once a token.
+    """
     ctx.dispatch, ctx.operands, ctx.weight = dispatch, operands, weight
     *rows, probs_R1 = dispatch.send(codes_TH, scale_T1, probs_TE)
     gate_up_R2F = grouped_scaled_product(*rows, operands, dispatch.ends_E, dispatch.expert_R, carrier_TH.dtype)
-    return rows, probs_R1, gate_up_R2F
+    is_local = isinstance(dispatch, LocalDispatch)
+    kept = RowCodes(codes_TH, rows[1], dispatch.source_R) if is_local else RowCodes(*rows)
+    return kept, probs_R1, gate_up_R2F
 
 
 class _ActivatedProduct(torch.autograd.Function):
@@ -222,20 +228,22 @@ class _ActivatedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, carrier_TH, codes_TH, scale_T1, probs_TE, weight, operands, dispatch, gain_EF, down: DownInput):
         x = carrier_TH, codes_TH, scale_T1, probs_TE
-        rows, probs_R1, gate_up_R2F = _dispatch_and_multiply(ctx, *x, weight, operands, dispatch)
+        kept, probs_R1, gate_up_R2F = _dispatch_and_multiply(ctx, *x, weight, operands, dispatch)
         codes_RF, scale_RG, rstd_RG = down.quantize(gate_up_R2F, gain_EF, dispatch.expert_R, probs_R1)
         ctx.num_groups = down.num_groups
-        ctx.save_for_backward(*rows, gate_up_R2F if down.is_source_kept else None, gain_EF, rstd_RG, probs_R1)
+        ctx.save_for_backward(*kept, gate_up_R2F if down.is_source_kept else None, gain_EF, rstd_RG, probs_R1)
         without_code_gradients(ctx, codes_RF, scale_RG)
         return stand_in(gate_up_R2F, codes_RF.shape), codes_RF, scale_RG
 
     @staticmethod
     def backward(ctx, grad_RF, *unused):
-        codes_RH, scale_R1, gate_up_R2F, gain_EF, *activation = ctx.saved_tensors
-        product, where = (codes_RH, scale_R1, ctx.operands), (ctx.dispatch.ends_E, ctx.dispatch.expert_R)
+        *kept, gate_up_R2F, gain_EF, rstd_RG, probs_R1 = ctx.saved_tensors
+        x, where = RowCodes(*kept), (ctx.dispatch.ends_E, ctx.dispatch.expert_R)
         if gate_up_R2F is None:
-            gate_up_R2F = grouped_scaled_product(*product, *where, grad_RF.dtype)
-        grad = grouped_activated_gradients(grad_RF, gate_up_R2F, gain_EF, *activation, *product, *where, ctx.num_groups)
+            rows_RH = x.codes if x.source_R is None else ctx.dispatch.spread(x.codes)
+            gate_up_R2F = grouped_scaled_product(rows_RH, x.scale_RG, ctx.operands, *where, grad_RF.dtype)
+        activation = gate_up_R2F, gain_EF, rstd_RG, probs_R1
+        grad = grouped_activated_gradients(grad_RF, *activation, x, ctx.operands, *where, ctx.num_groups)
         grad_gain_EF = None if gain_EF is None else grad.gain_EF.to(gain_EF.dtype)
         grad_TH, grad_probs_TE = ctx.dispatch.send_back(grad.input_RI, grad.probs_R1)
         grad_weight = into_main_grad(ctx.weight, grad.weight_EOI)
@@ -287,5 +295,6 @@ class _ExpertProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_RH):
         ends_E, operands = ctx.dispatch.ends_E, ctx.operands
-        grad_RF, grad_weight = grouped_gradients(grad_RH, *ctx.saved_tensors, operands, ends_E, is_column=False)
+        x = RowCodes(*ctx.saved_tensors)
+        grad_RF, grad_weight = grouped_gradients(grad_RH, x, operands, ends_E, is_column=False)
         return grad_RF, None, None, into_main_grad(ctx.weight, grad_weight), *[None] * 3

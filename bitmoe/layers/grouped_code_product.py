@@ -19,6 +19,7 @@ from bitmoe_kernels.grouped_ternary_gemm import (
     grouped_scaled_code_matmul,
     grouped_weight_grad,
 )
+from bitmoe_kernels.grouped_ternary_gemm.reference import rows_of_tokens
 from bitmoe_kernels.relu2_glu import relu2_glu_quantize_backward, relu2_glu_quantize_backward_codes
 from bitmoe_kernels.ternary_gemm import quantize_grad
 
@@ -60,26 +61,35 @@ def grouped_scaled_product(
     return tree_sum(part, num_groups).to(dtype)
 
 
+class RowCodes(NamedTuple):
+    """What experts' rows were multiplied from: their own codes, or those of the tokens they are copies of."""
+
+    codes: torch.Tensor
+    """[R, I], or of tokens [T, I]."""
+    scale_RG: torch.Tensor
+    source_R: torch.Tensor | None = None
+    """int32 [R]: the token of each row; None where rows have codes of their own."""
+
+    def rows(self) -> torch.Tensor:
+        """Codes of rows, [R, I]."""
+        return self.codes if self.source_R is None else rows_of_tokens(self.codes, self.source_R)
+
+
 def grouped_gradients(
-    dy_RO: torch.Tensor,
-    x_codes_RI: torch.Tensor,
-    x_scale_RG: torch.Tensor,
-    weight: WeightOperands,
-    ends_E: torch.Tensor,
-    is_column: bool,
+    dy_RO: torch.Tensor, x: RowCodes, weight: WeightOperands, ends_E: torch.Tensor, is_column: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of the input [R, I] and of the weights [E, O, I], in the dtype of ``dy_RO``; as ``gradients``."""
     dtype, dy_RO = dy_RO.dtype, dy_RO.contiguous()
     if weight.columns is None:
         dx_RI = grouped_matmul(dy_RO, dequantized(weight, is_column, dtype), ends_E)
-        return dx_RI, grouped_outer(dy_RO, dequantize(x_codes_RI, x_scale_RG, dtype), ends_E)
+        return dx_RI, grouped_outer(dy_RO, dequantize(x.rows(), x.scale_RG, dtype), ends_E)
     w_scale_EO, w_scale_EG = (weight.scale, None) if is_column else (None, weight.scale)
-    if x_codes_RI.dtype == torch.int8:
+    if x.codes.dtype == torch.int8:
         dx_RI = grouped_input_grad(grouped_quantize_grad(dy_RO, ends_E, w_scale_EO), weight.columns, w_scale_EG, ends_E)
-        return dx_RI.to(dtype), grouped_outer(dy_RO, dequantize(x_codes_RI, x_scale_RG, dtype), ends_E)
-    grad = grouped_quantize_grad(dy_RO, ends_E, w_scale_EO, x_scale_RG)
+        return dx_RI.to(dtype), grouped_outer(dy_RO, dequantize(x.rows(), x.scale_RG, dtype), ends_E)
+    grad = grouped_quantize_grad(dy_RO, ends_E, w_scale_EO, x.scale_RG)
     dx_RI = grouped_input_grad(grad, weight.columns, w_scale_EG, ends_E)
-    dw_EOI = grouped_weight_grad(grad, x_codes_RI, w_scale_EO, ends_E)
+    dw_EOI = grouped_weight_grad(grad, x.codes, w_scale_EO, ends_E, source_R=x.source_R)
     return dx_RI.to(dtype), dw_EOI.to(dtype)
 
 
@@ -123,8 +133,7 @@ def grouped_activated_gradients(
     gain_EF: torch.Tensor | None,
     rstd_RG: torch.Tensor | None,
     probs_R1: torch.Tensor,
-    x_codes_RI: torch.Tensor,
-    x_scale_R1: torch.Tensor,
+    x: RowCodes,
     weight: WeightOperands,
     ends_E: torch.Tensor,
     expert_R: torch.Tensor,
@@ -132,13 +141,13 @@ def grouped_activated_gradients(
 ) -> ActivatedGradients:
     """``activated_gradients`` for rows sorted by expert, multiplied by their routing probabilities in front of down."""
     activation, where = (gate_up_R2F, gain_EF, rstd_RG), (expert_R, probs_R1, ends_E)
-    if weight.columns is None or x_codes_RI.dtype == torch.int8 or num_groups > 1:
+    if weight.columns is None or x.codes.dtype == torch.int8 or num_groups > 1:
         dgate_up_R2F, *others = relu2_glu_quantize_backward(dy_RF, *activation, *where)
-        gradients = grouped_gradients(dgate_up_R2F, x_codes_RI, x_scale_R1, weight, ends_E, is_column=True)
+        gradients = grouped_gradients(dgate_up_R2F, x, weight, ends_E, is_column=True)
         return ActivatedGradients(*gradients, *others)
     w_scale_E2, dtype = weight.scale.unflatten(1, (2, -1))[:, :, 0], dy_RF.dtype
-    grad, *others = relu2_glu_quantize_backward_codes(dy_RF, *activation, w_scale_E2, x_scale_R1, *where)
+    grad, *others = relu2_glu_quantize_backward_codes(dy_RF, *activation, w_scale_E2, x.scale_RG, *where)
     grad = GroupedQuantizedGrad(*grad)
     dx_RI = grouped_input_grad(grad, weight.columns, None, ends_E)
-    dw_EOI = grouped_weight_grad(grad, x_codes_RI, weight.scale, ends_E)
+    dw_EOI = grouped_weight_grad(grad, x.codes, weight.scale, ends_E, source_R=x.source_R)
     return ActivatedGradients(dx_RI.to(dtype), dw_EOI.to(dtype), *others)

@@ -216,7 +216,9 @@ class Activations:
     def _moe(self) -> int:
         moe, hidden, slices = self.config.moe, self.config.model.hidden_size, self.config.parallel.expert_tensor
         rows = self.expert_rows
-        saved = self._router() + self._input(rows, hidden)
+        # On one rank codes are kept once a token, and a scale for each of its rows.
+        is_once = self._is_ternary and self._is_dispatch_local
+        saved = self._router() + (self.local_tokens * hidden + FP32 * rows if is_once else self._input(rows, hidden))
         saved += self._activated_down(rows, moe.ffn_hidden_size // slices, slices, is_routed=True)
         # The probability and the expert of each row.
         saved += (FP32 + INT32) * rows
@@ -227,7 +229,9 @@ class Activations:
         if moe.shared_expert_size:
             # An unquantized shared expert keeps the input in fp32 that the router keeps too.
             is_kept = not self._is_ternary and self.element == FP32 and not self.config.run.deterministic
-            saved += 0 if is_kept else self._input(self.local_tokens, hidden)
+            # The codes are those of routed experts' tokens.
+            shared_input = FP32 * self.local_tokens if is_once else self._input(self.local_tokens, hidden)
+            saved += 0 if is_kept else shared_input
             saved += self._feed_forward(moe.shared_expert_size)
         return saved
 

@@ -141,11 +141,14 @@ def test_transposing_kernel_has_the_references_bits(counts, dtype):
     cases = {(): plain}
     if dtype == FLOAT8:
         cases[power, largest.to(DEVICE)] = grouped_shifted_columns_reference(x, power, largest, ends_E)
+    source_R = torch.randperm(num_rows + 2, generator=torch.Generator().manual_seed(0)).int().to(DEVICE)
+    tokens = x.view(torch.int8)[source_R.argsort()].contiguous()
     for powers, expected in cases.items():
-        columns = torch.full((140, num_columns), 77, dtype=torch.int8, device=DEVICE)
-        kernels.grouped_transpose_codes(x.view(torch.int8), tiles, columns, *powers)
-        assert same_bits(columns[:, :end], expected[:, :end])
-        assert (columns[:, end:] == 77).all()
+        for source, given in ((None, x.view(torch.int8)), (source_R, tokens)):
+            columns = torch.full((140, num_columns), 77, dtype=torch.int8, device=DEVICE)
+            kernels.grouped_transpose_codes(given, tiles, columns, *(powers or (None, None)), source)
+            assert same_bits(columns[:, :end], expected[:, :end])
+            assert (columns[:, end:] == 77).all()
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(64, 40), (20, 33)])
@@ -242,6 +245,19 @@ def test_float8_backends_agree_on_gpu(monkeypatch, backend):
         assert relative_error(dx.cpu(), true_dx.double()) < limit
         assert relative_error(dw.cpu(), true_dw.double()) < limit
         assert dw[0].abs().max() == 0
+
+
+def test_rows_may_have_the_codes_of_tokens():
+    """On the device of the tensors: what copies of the tokens' codes give."""
+    counts, generator = [30, 0, 33], torch.Generator().manual_seed(0)
+    tokens, source_R = codes(21, 48, low=-8, high=7).to(FLOAT8), torch.randint(21, (63,), generator=generator).int()
+    source_R = source_R.to(DEVICE)
+    rows = tokens.view(torch.int8)[source_R.long()].view(FLOAT8)
+    grad = grouped_quantize_grad(random(63, 40), ends(counts), None, random(63, 1).abs() + 0.1)
+    dw = grouped_weight_grad(grad, tokens, None, ends(counts), source_R=source_R)
+    assert torch.equal(dw, grouped_weight_grad(grad, rows, None, ends(counts)))
+    with pytest.raises(ValueError, match=r"\[21, 48\] must be \[63, I\]"):
+        grouped_weight_grad(grad, tokens, None, ends(counts))
 
 
 def test_no_row_gives_no_gradient():

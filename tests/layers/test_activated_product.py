@@ -150,7 +150,7 @@ def test_gradients_of_float8_inputs_agree_with_those_of_unrounded_dy(num_experts
         got = code_product.activated_gradients(*activation, x_codes, x_scale, weight, 1)
     else:
         probs_R1 = torch.rand(num_rows, 1, generator=generator)
-        product = probs_R1, x_codes, x_scale, weight
+        product = probs_R1, grouped_code_product.RowCodes(x_codes, x_scale), weight
         got = grouped_code_product.grouped_activated_gradients(*activation, *product, ends_E, expert_R, 1)
     dgate_up, dgain, dprobs_R1 = (
         None if part is None else part.double()

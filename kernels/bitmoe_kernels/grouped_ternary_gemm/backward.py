@@ -17,6 +17,7 @@ from bitmoe_kernels.grouped_ternary_gemm.reference import (
     grouped_transpose_codes_reference,
     padded_ends_reference,
     padded_rows,
+    rows_of_tokens,
 )
 from bitmoe_kernels.ternary_gemm.backward import FLOAT8
 from bitmoe_kernels.ternary_gemm.reference import LARGEST_SHIFT, pad_last, padded_length
@@ -135,15 +136,17 @@ def grouped_weight_grad(
     w_scale_EO: torch.Tensor | None,
     ends_E: torch.Tensor,
     *,
+    source_R: torch.Tensor | None = None,
     fast_accum: bool = True,
 ) -> torch.Tensor:
     """Gradient of the experts' weights: dW = dY^T @ X with exact activation codes (README eq. 5 and 6).
 
     Args:
         grad: from :func:`grouped_quantize_grad`, with the token scales of the activations.
-        x_codes_RI: activation codes, e4m3 [R, I].
+        x_codes_RI: activation codes, e4m3 [R, I], or with ``source_R`` those of tokens [T, I].
         w_scale_EO: fp32 [E, O], as given to :func:`grouped_quantize_grad`; None where none was.
         ends_E: int32 [E], as in ``grad``.
+        source_R: int32 [R], whose codes each row has: rows need not be copies of tokens.
         fast_accum: as in :func:`grouped_input_grad`.
 
     Returns:
@@ -158,31 +161,35 @@ def grouped_weight_grad(
     if x_codes_RI.dtype != FLOAT8:
         raise TypeError(f"x_codes must be float8_e4m3fn, got {x_codes_RI.dtype}")
     num_rows, num_outputs = grad.codes_RO.shape
-    if x_codes_RI.dim() != 2 or len(x_codes_RI) != num_rows:
-        raise ValueError(f"x_codes of shape {list(x_codes_RI.shape)} must be [{num_rows}, I]")
+    num_sources = len(x_codes_RI if source_R is None else source_R)
+    if x_codes_RI.dim() != 2 or num_sources != num_rows:
+        raise ValueError(
+            f"x_codes of shape {list(x_codes_RI.shape)} must be [{num_rows}, I], or [T, I] with a source for each row"
+        )
     scale_E1 = grad.largest_E.unsqueeze(1) / LARGEST_SHIFT
     scale_EO = scale_E1.expand(-1, num_outputs) if w_scale_EO is None else scale_E1 / w_scale_EO
-    dy_columns_OP, x_columns_IP, padded_ends_E = _columns(grad, x_codes_RI, ends_E)
+    dy_columns_OP, x_columns_IP, padded_ends_E = _columns(grad, x_codes_RI, ends_E, source_R)
     return grouped_float8_outer(
         dy_columns_OP, scale_EO.contiguous(), x_columns_IP, padded_ends_E, fast_accum=fast_accum
     )
 
 
 def _columns(
-    grad: GroupedQuantizedGrad, x_codes_RI: torch.Tensor, ends_E: torch.Tensor
+    grad: GroupedQuantizedGrad, x_codes_RI: torch.Tensor, ends_E: torch.Tensor, source_R: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Transposed codes of dY [O, P] and, shifted, of activations [I, P]; where each expert's padded rows end [E]."""
     powers = grad.power_R1, grad.largest_E
     if not x_codes_RI.is_cuda:
+        x_codes_RI = x_codes_RI if source_R is None else rows_of_tokens(x_codes_RI, source_R)
         columns = grouped_transpose_codes_reference(grad.codes_RO, ends_E)
         return columns, grouped_shifted_columns_reference(x_codes_RI, *powers, ends_E), padded_ends_reference(ends_E)
     from bitmoe_kernels.grouped_ternary_gemm.triton_codes import grouped_transpose_codes
     from bitmoe_kernels.grouped_ternary_gemm.triton_row_tiles import row_tiles
     from bitmoe_kernels.ternary_gemm.triton_columns import COLUMN_TILE
 
-    num_columns = padded_rows(len(x_codes_RI), len(ends_E))
+    num_columns = padded_rows(len(grad.codes_RO), len(ends_E))
     tiles = row_tiles(ends_E, num_columns, COLUMN_TILE["BLOCK_ROWS"], cover_padding=True)
     dy_columns_OP, x_columns_IP = (x_codes_RI.new_empty(x.shape[1], num_columns) for x in (grad.codes_RO, x_codes_RI))
     grouped_transpose_codes(grad.codes_RO, tiles, dy_columns_OP)
-    grouped_transpose_codes(x_codes_RI, tiles, x_columns_IP, *powers)
+    grouped_transpose_codes(x_codes_RI, tiles, x_columns_IP, *powers, source_R)
     return dy_columns_OP, x_columns_IP, tiles.padded_ends_E

@@ -111,6 +111,11 @@ def grouped_float8_matmul_reference(
     return y_RN
 
 
+def rows_of_tokens(codes_TI: torch.Tensor, source_R: torch.Tensor) -> torch.Tensor:
+    """The codes of each row's token, [R, I]."""
+    return codes_TI.view(torch.int8).index_select(0, source_R).view(codes_TI.dtype)
+
+
 def grouped_transpose_codes_reference(codes_RI: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
     """Transposed codes [I, P], each expert's rows from its padded start on, zeros elsewhere."""
     columns_IP = codes_RI.new_zeros(codes_RI.shape[1], padded_rows(len(codes_RI), len(ends_E)))

@@ -21,6 +21,7 @@ from bitmoe_kernels.ternary_gemm.triton_columns import COLUMN_TILE, words_of, wr
 @triton.jit
 def _grouped_transpose_codes_kernel(
     codes_ptr,
+    source_ptr,
     power_ptr,
     largest_ptr,
     columns_ptr,
@@ -44,6 +45,7 @@ def _grouped_transpose_codes_kernel(
         largest = tl.load(largest_ptr + expert)
     write_columns(
         codes_ptr,
+        source_ptr,
         power_ptr,
         largest,
         columns_ptr,
@@ -66,10 +68,12 @@ def grouped_transpose_codes(
     columns_DP: torch.Tensor,
     power_R1: torch.Tensor | None = None,
     largest_E: torch.Tensor | None = None,
+    source_R: torch.Tensor | None = None,
 ) -> None:
     """Write int8 codes, or the bytes of e4m3 ones, transposed, each expert's rows at its padded start.
 
     ``tiles`` are of COLUMN_TILE's rows and cover the padding. With powers, codes are integers in e4m3 and are shifted.
+    With ``source_R`` (int32) row r's codes are those at ``source_R[r]``.
     """
     num_features, num_columns = columns_DP.shape
     if not num_features:
@@ -77,6 +81,7 @@ def grouped_transpose_codes(
     words_RW, max_tiles = words_of(codes_RD), tiles.table_4S.shape[1]
     _grouped_transpose_codes_kernel[(triton.cdiv(num_features, 4 * COLUMN_TILE["BLOCK_WORDS"]), max_tiles)](
         words_RW,
+        source_R,
         power_R1,
         largest_E,
         columns_DP.view(torch.int32),

@@ -25,6 +25,7 @@ COLUMN_TILE = {"BLOCK_ROWS": 128, "BLOCK_WORDS": 32, "num_warps": 4}
 @triton.jit
 def write_columns(
     codes_ptr,
+    source_ptr,
     power_ptr,
     largest,
     columns_ptr,
@@ -41,8 +42,8 @@ def write_columns(
 ):
     """Write rows ``first`` to ``end`` of this program's words to columns from ``column`` on, up to ``padded_end``.
 
-    Both are multiples of 16. Pointers and ``stride`` count words. ``power_ptr`` may be None; ``largest`` is what powers
-    are compared with.
+    Both are multiples of 16. Pointers and ``stride`` count words. ``source_ptr`` says where the codes of each row lie,
+    or is None if they lie in order; ``power_ptr`` may be None; ``largest`` is what powers are compared with.
     """
     fours = tl.arange(0, BLOCK_ROWS // 4)
     words = tl.program_id(0) * BLOCK_WORDS + tl.arange(0, BLOCK_WORDS)
@@ -51,7 +52,10 @@ def write_columns(
         rows = first + 4 * fours + i
         is_row = rows < end
         mask = is_row[:, None] & (words < num_words)[None, :]
-        tile = tl.load(codes_ptr + rows[:, None].to(tl.int64) * stride + words[None, :], mask=mask, other=0)
+        sources = rows
+        if source_ptr is not None:
+            sources = tl.load(source_ptr + rows, mask=is_row, other=0)
+        tile = tl.load(codes_ptr + sources[:, None].to(tl.int64) * stride + words[None, :], mask=mask, other=0)
         if power_ptr is not None:
             tile = _shifted_words(tile, code_shift(power_ptr + rows, largest, is_row), is_row)
         tiles = tiles + (tile,)
@@ -131,6 +135,7 @@ def _transpose_codes_kernel(
         largest = tl.load(largest_ptr)
     write_columns(
         codes_ptr,
+        None,
         power_ptr,
         largest,
         columns_ptr,
