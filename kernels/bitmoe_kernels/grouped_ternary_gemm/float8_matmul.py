@@ -22,10 +22,10 @@ from bitmoe_kernels.ternary_gemm.reference import PADDING
 EXACT_CHUNK = 2048
 
 BACKENDS: dict[str, str | None] = {"forward": None, "input_grad": "triton", "weight_grad": "triton"}
-"""Which kernel multiplies on a GPU, "torch" or "triton", by product; bench/grouped.py times both (H200). Weight gradients:
-1.10 ms by torch's and 0.96 by ours for 64 experts, 3.36 and 3.00 for 8. None is Triton's up to EXACT_CHUNK inputs
-(1,202 against 913 TFLOP/s at 2,048 by pointers; through the tensor memory accelerator 1,381) and torch's beyond (1,046
-against 936 at 4,096, by pointers)."""
+"""Which kernel multiplies on a GPU, "torch" or "triton", by product; bench/grouped.py times both (H200). Weight
+gradients: 1.10 ms by torch's and 0.96 by ours for 64 experts, 3.36 and 3.00 for 8. None is Triton's up to EXACT_CHUNK
+inputs (1,202 against 913 TFLOP/s at 2,048 by pointers; through the tensor memory accelerator 1,381) and torch's beyond
+(1,046 against 936 at 4,096, by pointers)."""
 
 
 def grouped_float8_matmul(
