@@ -35,10 +35,19 @@ class BitmoeFeedForward(nn.Module):
     def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
         return self.transform(linear_input(x_TH, self.config, "gate_up"))
 
-    def transform(self, x: LinearInput, expert: int | torch.Tensor | None = None) -> torch.Tensor:
-        """What is made of a quantized input: [T, H]; ``expert`` as in ``PackedLinear``."""
+    def transform(
+        self, x: LinearInput, expert: int | torch.Tensor | None = None, prob_T1: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """What is made of a quantized input: [T, H].
+
+        Args:
+            x: from ``linear_input``.
+            expert: as in ``PackedLinear``.
+            prob_T1: routing probabilities. They multiply behind the sub-norm: in front of it they would cancel.
+        """
         gate_TF, up_TF = self.gate_proj(x, expert), self.up_proj(x, expert)
         x_TF = relu2_glu(gate_TF, up_TF) if self.config.hidden_act == "relu2_glu" else silu(gate_TF) * up_TF
         if self.ffn_sub_norm is not None:
             x_TF = self.ffn_sub_norm(x_TF, expert)
-        return self.down_proj(linear_input(x_TF, self.config, "down"), expert)
+        x = linear_input(x_TF, self.config, "down")
+        return self.down_proj(x if prob_T1 is None else x.weighted(prob_T1), expert)

@@ -77,9 +77,8 @@ def looped_experts(
     y_TH = probs_Tk.new_zeros(len(probs_Tk), experts.down_proj.out_features)
     for expert in experts_Tk.unique().tolist():
         tokens, choice = (experts_Tk == expert).nonzero(as_tuple=True)
-        out_TH = experts.transform(_take(x, tokens), expert)
-        # Probabilities multiply what comes out: in front of a sub-norm they would cancel.
-        y_TH.index_add_(0, tokens, out_TH * probs_Tk[tokens, choice, None])
+        prob_T1 = probs_Tk[tokens, choice, None]
+        y_TH.index_add_(0, tokens, experts.transform(_take(x, tokens), expert, prob_T1))
     return y_TH
 
 
@@ -92,8 +91,8 @@ def gathered_experts(
     copies = _take(x, tokens_R)
     scale = None if copies.scale_TG1 is None else copies.scale_TG1.unsqueeze(1)
     copies = LinearInput(copies.codes_TGi.unsqueeze(1), scale, copies.dtype)
-    out_TkH = experts.transform(copies, experts_Tk.flatten()).view(num_tokens, num_chosen, -1)
-    return (out_TkH * probs_Tk.unsqueeze(-1)).sum(1)
+    out_R1H = experts.transform(copies, experts_Tk.flatten(), probs_Tk.view(-1, 1, 1))
+    return out_R1H.view(num_tokens, num_chosen, -1).sum(1)
 
 
 def _take(x: LinearInput, tokens_R: torch.Tensor) -> LinearInput:

@@ -32,6 +32,13 @@ class LinearInput(NamedTuple):
     dtype: torch.dtype
     """Of the input, and of what the linear returns."""
 
+    def weighted(self, weight_T1: torch.Tensor) -> "LinearInput":
+        """Each token times a number, [T, 1]; codes do not change, so their scales do."""
+        weight_T11 = weight_T1.unsqueeze(-1)
+        if self.scale_TG1 is None:
+            return self._replace(codes_TGi=self.codes_TGi * weight_T11)
+        return self._replace(scale_TG1=self.scale_TG1 * weight_T11)
+
 
 def linear_input(x_TI: torch.Tensor, config: BitmoeConfig, role: str) -> LinearInput:
     """Quantize the input of the linears of a role.

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bitmoe.layers.code_product import gradients, scaled_product
-from bitmoe.layers.grouped_code_product import grouped_gradients, grouped_scaled_product
+from bitmoe.layers.grouped_code_product import RowCodes, grouped_gradients, grouped_scaled_product
 from bitmoe.quant.ternary_codes import WeightOperands
 from bitmoe_kernels.weight_quant import ternary_operands
 
@@ -82,7 +82,7 @@ def dense_gradients(case):
 
 
 def all_grouped_gradients(case):
-    return grouped_gradients(case.dy, case.x_codes, case.x_scale, case.weight, ENDS_E, case.is_column)
+    return grouped_gradients(case.dy, RowCodes(case.x_codes, case.x_scale), case.weight, ENDS_E, case.is_column)
 
 
 WAYS = {
@@ -192,6 +192,6 @@ def test_no_rows_at_all(kind, code_dtype, with_columns):
     ends_E, expert_R = torch.zeros_like(ENDS_E), EXPERT_R[:0]
     codes, scale, dy = case.x_codes[:0], case.x_scale[:0], case.dy[:0]
     y_RO = grouped_scaled_product(codes, scale, case.weight, ends_E, expert_R, dy.dtype)
-    dx_RI, dw_EOI = grouped_gradients(dy, codes, scale, case.weight, ends_E, case.is_column)
+    dx_RI, dw_EOI = grouped_gradients(dy, RowCodes(codes, scale), case.weight, ends_E, case.is_column)
     assert (y_RO.shape, dx_RI.shape) == ((0, OUTPUTS), (0, INPUTS))
     assert torch.equal(dw_EOI, torch.zeros(len(COUNTS), OUTPUTS, INPUTS, dtype=torch.bfloat16))

@@ -23,8 +23,8 @@ def counted_inputs() -> Iterator[Counter[str]]:
     """Count while the context lasts.
 
     Yields:
-        Bytes by the type they travelled as: those of codes (uint8, int8 or bfloat16), float32 scales, and int64 counts
-        that say how many tokens go where.
+        Bytes by the type they travelled as: those of codes (uint8, int8 or bfloat16), float32 scales and probabilities,
+        and int64 counts that say how many tokens go where.
     """
     received: Counter[str] = Counter()
     gather, send = _counting(bit_linear.gather_first_dim, received), _counting(Dispatch.send, received)
