@@ -11,6 +11,7 @@ of its trainers, is named at the end and leaves the others alone; the exit statu
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -44,7 +45,7 @@ BENCHMARKS = {
     ],
 }
 DEFAULT = ("quantizers", "linears", "moe", "layer", "step")
-"""Meant to take less than 8 minutes on an H200; compilation is most of it."""
+"""Less than 8 minutes on an H200; compilation is most of it."""
 
 
 def run(name: str, command: list[str]) -> tuple[int, list[str]]:
@@ -73,24 +74,30 @@ def is_json(line: str) -> bool:
 
 
 def run_all(names: list[str], out: Path) -> int:
-    """Run benchmarks; each one's lines are written as soon as it ends.
+    """Run benchmarks; each one's lines are written as soon as it ends, and get the name ``out`` when all have.
+
+    Until then they are in ``out`` with ``.part`` behind its name, and the results of a former run where they were.
 
     Returns:
         0; 1 where some failed; REFUSED where one's results are wrong, and those after it were not run.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.unlink(missing_ok=True)
+    part = out.with_name(f"{out.name}.part")
+    part.unlink(missing_ok=True)
     start, failed, results = time.perf_counter(), [], []
     for name in names:
         status, lines = run(name, BENCHMARKS[name])
         if status == REFUSED:
             print(f"{name} refused: its results are wrong. No figures; the others were not run", file=sys.stderr)
-            out.unlink(missing_ok=True)
+            part.unlink(missing_ok=True)
             return REFUSED
         failed += [name] if status else []
         results += map(json.loads, lines)
-        with out.open("a") as file:
+        with part.open("a") as file:
             file.writelines(lines)
+            file.flush()
+            os.fsync(file.fileno())
+    part.replace(out)
     print(f"\n{table(figures(results))}\n\n{time.perf_counter() - start:.0f} s; results in {out}", flush=True)
     if failed:
         print(f"failed, or lost a part: {', '.join(failed)}", file=sys.stderr)

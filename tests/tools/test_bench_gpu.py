@@ -61,13 +61,14 @@ def test_a_refusal_stops(bench_gpu, tmp_path, monkeypatch, capsys):
     scripts = {name: script(tmp_path, name, text) for name, text in (("good", GOOD), ("wrong", refusal))}
     monkeypatch.setattr(bench_gpu, "BENCHMARKS", scripts)
     monkeypatch.setenv("PYTHONPATH", str(TOOLS.parent / "kernels"))
+    (tmp_path / "out.jsonl").write_text("of a former run")
     assert bench_gpu.run_all(["good", "wrong", "good"], tmp_path / "out.jsonl") == bench_gpu.REFUSED
     shown = capsys.readouterr()
     assert "refused: the product is not exact" in shown.out
     assert shown.out.count("== good") == 1
     assert "1.50" not in shown.out
     assert "wrong refused" in shown.err
-    assert not (tmp_path / "out.jsonl").exists()
+    assert [path.read_text() for path in tmp_path.glob("out*")] == ["of a former run"]
 
 
 def test_benchmarks_exist(bench_gpu):
