@@ -98,10 +98,10 @@ class CodeCache:
         return WeightOperands(self._codes.rows, self._codes.columns, self._scale)
 
     def _made(
-        self, row_dtype: torch.dtype, with_columns: bool, counts_changes: bool
+        self, row_dtype: torch.dtype, with_columns: bool, is_counted: bool
     ) -> tuple[torch.Tensor, TernaryOperands]:
         """Scales and codes of the present value."""
-        layout, made = (row_dtype, with_columns, self._codes, counts_changes), self._make()
+        layout, made = (row_dtype, with_columns, self._codes, is_counted), self._make()
         if isinstance(made, OwnBlocks):
             scale, codes = absmean_operands(*made, *layout)
             repeats = made.weight_EOI.shape[-2] // made.groups if made.dim == 0 else 1

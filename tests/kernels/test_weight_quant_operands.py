@@ -181,19 +181,23 @@ def test_absmean_operands_are_its_steps(groups, dim):
     )
 
 
-def test_changes_need_not_be_counted(kernels, triton_device):
+def test_codes_need_not_be_counted(kernels, triton_device):
     """The former codes' memory is taken all the same."""
     old, new = (gaussian(4, 20, 12, seed=seed) for seed in (1, 2))
     scale_E1 = torch.full((4, 1), 0.8)
-    wanted = ternary_operands_reference(new, scale_E1, -2, torch.int8, True, None)
-    assert_same_bits(
-        ternary_operands(new, scale_E1, 0, torch.int8, True, ternary_operands(old, scale_E1), False), wanted
-    )
+    wanted = *ternary_operands_reference(new, scale_E1, -2, torch.int8, True, None)[:2], None
+    former = ternary_operands(old, scale_E1)
+    assert_same_bits(ternary_operands(new, scale_E1, 0, torch.int8, True, former, is_counted=False), wanted)
     old, new, scale_E1 = (x.to(triton_device) for x in (old, new, scale_E1))
-    former = kernels.ternary_operands_triton(old, scale_E1, -2, torch.int8, True)[:2]
-    got = kernels.ternary_operands_triton(new, scale_E1, -2, torch.int8, True, former, False)
-    assert_same_bits(got, wanted)
-    assert [x.data_ptr() for x in got[:2]] == [x.data_ptr() for x in former]
+    for run in (
+        lambda w, *memory: kernels.ternary_operands_triton(w, scale_E1, -2, torch.int8, True, *memory),
+        lambda w, *memory: kernels.absmean_operands_triton(w, 1, torch.int8, True, *memory)[1:],
+    ):
+        former = run(old)[:2]
+        expected = run(new)[:2]
+        got = run(new, former, False)
+        assert_same_bits(got, (*expected, None))
+        assert [x.data_ptr() for x in got[:2]] == [x.data_ptr() for x in former]
 
 
 def test_two_runs_are_equal(kernels, triton_device):

@@ -36,8 +36,8 @@ class TernaryOperands(NamedTuple):
     """int8 or e4m3 [..., O, I]: of the forward."""
     columns: torch.Tensor | None
     """e4m3 [..., I, P]: of the 8-bit input gradient."""
-    counts: torch.Tensor
-    """int64 [3]: zeros, codes that differ from the former ones, all codes."""
+    counts: torch.Tensor | None
+    """int64 [3]: zeros, codes that differ from the former ones, all codes; None where nothing was counted."""
 
 
 @torch.no_grad()
@@ -177,7 +177,7 @@ def ternary_operands(
     row_dtype: torch.dtype = torch.int8,
     with_columns: bool = False,
     former: TernaryOperands | None = None,
-    counts_changes: bool = True,
+    is_counted: bool = True,
 ) -> TernaryOperands:
     """Round weights to ternary codes in every layout that products need, and count them, in one read.
 
@@ -189,7 +189,7 @@ def ternary_operands(
         with_columns: write transposed codes, too.
         former: what this function returned for the former value of these weights, to count the codes that changed. Its
             memory is overwritten (on GPUs) where type and layout are the same: it must not be used any more.
-        counts_changes: False takes the memory of ``former`` without reading it: no code counts as changed.
+        is_counted: False leaves counts out and takes the memory of ``former`` without reading it.
 
     Returns:
         Codes in {-1, 0, 1} and counts; without ``former`` no code counts as changed.
@@ -209,7 +209,7 @@ def ternary_operands(
     _check_layout(w_OI, row_dtype, former)
     raise_on_nonfinite(w_OI, w_OI, "w")
     raise_on_nonfinite(scale_G, scale_G, "scale")
-    return _operands(w_OI, scale_G, axis, row_dtype, with_columns, former, counts_changes)
+    return _operands(w_OI, scale_G, axis, row_dtype, with_columns, former, is_counted)
 
 
 @torch.no_grad()
@@ -220,7 +220,7 @@ def absmean_operands(
     row_dtype: torch.dtype = torch.int8,
     with_columns: bool = False,
     former: TernaryOperands | None = None,
-    counts_changes: bool = True,
+    is_counted: bool = True,
 ) -> tuple[torch.Tensor, TernaryOperands]:
     """Scales of weights that no other rank has a share in, and their codes.
 
@@ -231,7 +231,7 @@ def absmean_operands(
         w_OI: weights [..., O, I].
         groups: number G of equal contiguous blocks, each with one scale.
         dim: the matrix axis of the groups, as in :func:`ternarize`.
-        row_dtype: as in :func:`ternary_operands`, and likewise ``with_columns``, ``former`` and ``counts_changes``.
+        row_dtype: as in :func:`ternary_operands`, and likewise ``with_columns``, ``former`` and ``is_counted``.
 
     Returns:
         scale fp32 [..., G], and the operands.
@@ -248,10 +248,10 @@ def absmean_operands(
         if triton_one_launch.takes_one_launch(w_OI, groups, axis):
             memory = None if former is None else former[:2]
             run = triton_one_launch.absmean_operands_triton
-            scale_G, *operands = run(w_OI, groups, row_dtype, with_columns, memory, counts_changes)
+            scale_G, *operands = run(w_OI, groups, row_dtype, with_columns, memory, is_counted)
             return scale_G, TernaryOperands(*operands)
     scale_G = absmean_scale(absmean_sums(w_OI, groups, dim), w_OI.shape[-2] * w_OI.shape[-1] // groups)
-    return scale_G, _operands(w_OI, scale_G, axis, row_dtype, with_columns, former, counts_changes)
+    return scale_G, _operands(w_OI, scale_G, axis, row_dtype, with_columns, former, is_counted)
 
 
 def _check_layout(w_OI: torch.Tensor, row_dtype: torch.dtype, former: TernaryOperands | None) -> None:
@@ -271,16 +271,17 @@ def _operands(
     row_dtype: torch.dtype,
     with_columns: bool,
     former: TernaryOperands | None,
-    counts_changes: bool,
+    is_counted: bool,
 ) -> TernaryOperands:
     if runs_triton(w_OI) and scale_G.dtype == torch.float32:
         from bitmoe_kernels.weight_quant import triton_operands
 
         memory = None if former is None else former[:2]
         run = triton_operands.ternary_operands_triton
-        return TernaryOperands(*run(w_OI, scale_G, axis, row_dtype, with_columns, memory, counts_changes))
-    former_rows = former.rows if former is not None and counts_changes else None
-    return TernaryOperands(*ternary_operands_reference(w_OI, scale_G, axis, row_dtype, with_columns, former_rows))
+        return TernaryOperands(*run(w_OI, scale_G, axis, row_dtype, with_columns, memory, is_counted))
+    former_rows = None if former is None else former.rows
+    operands = ternary_operands_reference(w_OI, scale_G, axis, row_dtype, with_columns, former_rows)
+    return TernaryOperands(*operands[:2], operands[2] if is_counted else None)
 
 
 def _triton_absmean():

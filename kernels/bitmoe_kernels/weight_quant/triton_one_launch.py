@@ -18,7 +18,7 @@ import triton.language as tl
 
 from bitmoe_kernels.weight_quant.reference import MIN_SCALE
 from bitmoe_kernels.weight_quant.triton_absmean import FLOAT_BITS, abs_as_fp64, scale_of_sum
-from bitmoe_kernels.weight_quant.triton_operands import operand_memory, write_operands
+from bitmoe_kernels.weight_quant.triton_operands import num_tiles, operand_memory, write_operands
 
 TILE = {"BLOCK_O": 128, "BLOCK_I": 128, "num_warps": 8}
 _SUM_TILE = 4096
@@ -44,19 +44,19 @@ def absmean_operands_triton(
     row_dtype: torch.dtype,
     with_columns: bool,
     former: tuple[torch.Tensor, torch.Tensor | None] | None = None,
-    counts_changes: bool = True,
+    is_counted: bool = True,
     tile: dict = TILE,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Scale fp32 [..., groups] of equal blocks of rows, and what ``ternary_operands_triton`` returns.
 
-    ``former`` and ``counts_changes`` as there; ``tile`` is for tests. A block is whole tiles, or the matrix.
+    ``former`` and ``is_counted`` as there; ``tile`` is for tests. A block is whole tiles, or the matrix.
     """
     w_OI = w_OI.contiguous()
     batch, (num_rows, num_columns) = w_OI.shape[:-2], w_OI.shape[-2:]
-    memory = operand_memory(w_OI, row_dtype, with_columns, former, counts_changes, tile)
+    memory = operand_memory(w_OI, row_dtype, with_columns, former, is_counted, tile)
     num_units, unit_size = math.prod(batch) * groups, num_rows // groups * num_columns
     num_parts = triton.cdiv(unit_size, _SUM_TILE * _TILES_A_PART)
-    tiles_a_unit = memory.counts_3N.shape[1] // num_units
+    tiles_a_unit = num_tiles(w_OI, tile) // num_units
     parts_UQ = torch.empty(num_units, num_parts, dtype=torch.float64, device=w_OI.device)
     progress_2U = torch.zeros(2, num_units, dtype=torch.int32, device=w_OI.device)
     scale_U = torch.empty(num_units, dtype=torch.float32, device=w_OI.device)

@@ -33,8 +33,8 @@ class OperandMemory(NamedTuple):
     """To compare with, if changes are counted; may be the same memory as the new ones."""
     rows: torch.Tensor
     columns: torch.Tensor | None
-    counts_3N: torch.Tensor
-    """int32: zeros, changed codes and all codes of each tile."""
+    counts_3N: torch.Tensor | None
+    """int32: zeros, changed codes and all codes of each tile, if they are counted."""
 
     def arguments(self) -> tuple[torch.Tensor | None, ...]:
         """As the kernel takes them: columns in words of four codes."""
@@ -51,9 +51,9 @@ class OperandMemory(NamedTuple):
             "WITH_COLUMNS": self.columns is not None,
         }
 
-    def result(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    def result(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Codes, transposed codes, and counts int64 [3]."""
-        return self.rows, self.columns, self.counts_3N.sum(dim=1)
+        return self.rows, self.columns, None if self.counts_3N is None else self.counts_3N.sum(dim=1)
 
 
 def operand_memory(
@@ -61,7 +61,7 @@ def operand_memory(
     row_dtype: torch.dtype,
     with_columns: bool,
     former: tuple[torch.Tensor, torch.Tensor | None] | None,
-    counts_changes: bool,
+    is_counted: bool,
     tile: dict,
 ) -> OperandMemory:
     """Room for the codes of ``w_OI``: that of the ``former`` rows and columns where type and layout are the same."""
@@ -75,9 +75,16 @@ def operand_memory(
     elif columns_IP is None:
         shape = (*batch, num_columns, padded_length(num_rows))
         columns_IP = torch.empty(shape, dtype=torch.int8, device=w_OI.device).view(torch.float8_e4m3fn)
-    tiles = triton.cdiv(num_rows, tile["BLOCK_O"]) * triton.cdiv(num_columns, tile["BLOCK_I"])
-    counts_3N = torch.empty(3, math.prod(batch) * tiles, dtype=torch.int32, device=w_OI.device)
-    return OperandMemory(former_rows_OI if counts_changes else None, rows_OI, columns_IP, counts_3N)
+    if not is_counted:
+        return OperandMemory(None, rows_OI, columns_IP, None)
+    counts_3N = torch.empty(3, num_tiles(w_OI, tile), dtype=torch.int32, device=w_OI.device)
+    return OperandMemory(former_rows_OI, rows_OI, columns_IP, counts_3N)
+
+
+def num_tiles(w_OI: torch.Tensor, tile: dict) -> int:
+    """Tiles of all matrices."""
+    *batch, num_rows, num_columns = w_OI.shape
+    return math.prod(batch) * triton.cdiv(num_rows, tile["BLOCK_O"]) * triton.cdiv(num_columns, tile["BLOCK_I"])
 
 
 def ternary_operands_triton(
@@ -87,18 +94,18 @@ def ternary_operands_triton(
     row_dtype: torch.dtype,
     with_columns: bool,
     former: tuple[torch.Tensor, torch.Tensor | None] | None = None,
-    counts_changes: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """Codes [..., O, I] in ``row_dtype``, transposed codes e4m3 [..., I, P] if wanted, and counts int64 [3].
+    is_counted: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Codes [..., O, I] in ``row_dtype``, transposed codes e4m3 [..., I, P] if wanted, and counts int64 [3] likewise.
 
     The rows and columns of ``former`` are overwritten where they have the type and layout that is wanted.
     """
     w_OI, scale_G = w_OI.contiguous(), scale_G.contiguous()
     num_rows, num_columns = w_OI.shape[-2:]
-    memory = operand_memory(w_OI, row_dtype, with_columns, former, counts_changes, OPERANDS_TILE)
-    if num_tiles := memory.counts_3N.shape[1]:
+    memory = operand_memory(w_OI, row_dtype, with_columns, former, is_counted, OPERANDS_TILE)
+    if tiles := num_tiles(w_OI, OPERANDS_TILE):
         with torch.cuda.device_of(w_OI):
-            _ternary_operands_kernel[(num_tiles,)](
+            _ternary_operands_kernel[(tiles,)](
                 w_OI,
                 scale_G,
                 *memory.arguments(),
@@ -225,7 +232,9 @@ def write_operands(
     if not ROWS_ARE_FLOAT8:
         # From +-2.0, 0x40, to +-1.0, 0x38.
         word -= (word >> 3) & 0x08080808
-    tally = _count_bytes((word >> 3) & 0x01010101)
+    tally = tl.zeros_like(word)
+    if counts_ptr is not None:
+        tally = _count_bytes((word >> 3) & 0x01010101)
     if HAS_FORMER:
         former = (
             (former_3.to(tl.int32) << 24)
@@ -245,11 +254,12 @@ def write_operands(
         offs_words = tl.arange(0, BLOCK_O // 4)[None, :]
         mask = (offs_columns < columns_left) & (offs_words < padded_words - first_o // 4)
         tl.store(columns_ptr + offs_columns * padded_words + offs_words, tl.trans(word), mask=mask)
-    tally_of_tile = tl.sum(tally)
-    num_codes = tl.minimum(rows_left, BLOCK_O) * tl.minimum(columns_left, BLOCK_I)
-    tl.store(counts_ptr + tile, num_codes - tally_of_tile % _CHANGED)
-    tl.store(counts_ptr + num_tiles + tile, tally_of_tile // _CHANGED)
-    tl.store(counts_ptr + 2 * num_tiles + tile, num_codes)
+    if counts_ptr is not None:
+        tally_of_tile = tl.sum(tally)
+        num_codes = tl.minimum(rows_left, BLOCK_O) * tl.minimum(columns_left, BLOCK_I)
+        tl.store(counts_ptr + tile, num_codes - tally_of_tile % _CHANGED)
+        tl.store(counts_ptr + num_tiles + tile, tally_of_tile // _CHANGED)
+        tl.store(counts_ptr + 2 * num_tiles + tile, num_codes)
 
 
 @triton.jit
