@@ -79,8 +79,8 @@ class Dispatch:
 
         Those of the probabilities, [T, E], are added over ranks that share an expert (ETP), as rows are.
         """
-        grad_TH = self._dispatcher.combine_postprocess(self._brought_home(grad_RH))
-        grad_probs_N = self._brought_home(grad_probs_R1).squeeze(-1)
+        grad_TH = self._dispatcher.combine_postprocess(self._brought_home(grad_RH, grad_RH.dtype))
+        grad_probs_N = self._brought_home(grad_probs_R1, grad_probs_R1.dtype).squeeze(-1)
         grad_probs_ET = grad_probs_N.new_zeros(self._routing_map_TE.T.shape)
         return grad_TH, grad_probs_ET.masked_scatter_(self._routing_map_TE.T, grad_probs_N).T
 
@@ -89,21 +89,21 @@ class Dispatch:
 
         Partial outputs of experts split over ranks (ETP) are added on the way.
         """
-        ones_TE = self._routing_map_TE.to(torch.promote_types(y_RH.dtype, torch.float32))
+        sum_dtype = torch.promote_types(y_RH.dtype, torch.float32)
         return unpermute(
-            self._brought_home(y_RH),
+            self._brought_home(y_RH, sum_dtype),
             self._dispatcher.reversed_local_input_permutation_mapping,
             restore_shape=self._dispatcher.hidden_shape_before_permute,
-            # Without them bf16 would be added in bf16.
-            probs=ones_TE,
+            # Ones: without them bf16 would be added in bf16.
+            probs=self._routing_map_TE.to(sum_dtype),
             routing_map=self._routing_map_TE,
         )
 
-    def _brought_home(self, y_RH: torch.Tensor) -> torch.Tensor:
-        """Rows back on the ranks of their tokens, in the order in which they left."""
+    def _brought_home(self, y_RH: torch.Tensor, sum_dtype: torch.dtype) -> torch.Tensor:
+        """Rows back on the ranks of their tokens, in the order in which they left; added over ETP in ``sum_dtype``."""
         dispatcher = copy.copy(self._dispatcher)
-        # Ranks that share an expert add in the dtype of this.
-        dispatcher.probs = y_RH
+        # The dispatcher adds in the dtype of the probabilities that it sent.
+        dispatcher.probs = y_RH.new_empty(0, dtype=sum_dtype)
         return dispatcher.token_combine(dispatcher.combine_preprocess(y_RH))
 
 
