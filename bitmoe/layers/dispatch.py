@@ -55,7 +55,7 @@ class Dispatch:
             expert of each row).
         """
         dispatcher, dtype = self._dispatcher, torch.promote_types(scale_T1.dtype, probs_TE.dtype)
-        pairs_TE = torch.complex(scale_T1.to(dtype).expand_as(probs_TE).contiguous(), probs_TE.to(dtype))
+        pairs_TE = torch.complex(scale_T1.to(dtype).expand_as(probs_TE), probs_TE.to(dtype))
         rows, pairs = dispatcher.dispatch_preprocess(self._wire.sent(x_TH), self._routing_map_TE, pairs_TE)
         # What comes home later is as wide as the tokens were, not as what is sent.
         dispatcher.hidden_shape = dispatcher.hidden_shape_before_permute = x_TH.shape

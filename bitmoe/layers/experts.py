@@ -11,7 +11,6 @@ import torch.distributed as dist
 
 from bitmoe.config.choices import Activation, Recompute
 from bitmoe.layers.activation import gated_activation
-from bitmoe.layers.bit_linear import group_ids
 from bitmoe.layers.context import LayerContext
 from bitmoe.layers.dispatch import Dispatch
 from bitmoe.layers.grouped_code_product import (
@@ -34,7 +33,7 @@ from bitmoe.layers.quantize_input import (
 )
 from bitmoe.layers.sharding import ShardedParameters, mark_expert
 from bitmoe.quant.policy import split_groups
-from bitmoe.quant.ternary_codes import CodeCache, OwnBlocks, absmean_columns, absmean_rows
+from bitmoe.quant.ternary_codes import CodeCache, absmean_blocks
 from bitmoe_kernels.grouped_ternary_gemm import grouped_code_matmul, grouped_matmul, grouped_outer
 
 # Shapes: T = tokens of this rank, R = rows (token copies) sorted by local expert, E = local experts, H = hidden,
@@ -67,8 +66,6 @@ class RoutedExperts(torch.nn.Module, ShardedParameters):
         self.num_groups, is_shared = split_groups(self.policy.groups, self.groups.etp.size())
         self.reduce_group = self.groups.etp if is_shared else None
         self.is_source_kept = context.recompute is not Recompute.ffn
-        projection_O = torch.arange(2).repeat_interleave(num_features)
-        self.scale_ids_O = group_ids(projection_O, self.num_groups).to(context.device)
         self.fc1_cache = CodeCache(self.policy, "gate_up", self._fc1_with_scales)
         self.fc2_cache = CodeCache(self.policy, "down", self._fc2_with_scales)
 
@@ -82,15 +79,10 @@ class RoutedExperts(torch.nn.Module, ShardedParameters):
         }
 
     def _fc1_with_scales(self):
-        weight_EOH, num_scales = self.fc1_weight.flatten(1, 2), 2 * self.num_groups
-        if self.reduce_group is None:
-            return OwnBlocks(weight_EOH, num_scales, 0)
-        return absmean_rows(weight_EOH, self.scale_ids_O, num_scales, self.reduce_group)
+        return absmean_blocks(self.fc1_weight.flatten(1, 2), 2 * self.num_groups, 0, self.reduce_group)
 
     def _fc2_with_scales(self):
-        if self.reduce_group is None:
-            return OwnBlocks(self.fc2_weight, self.num_groups, 1)
-        return absmean_columns(self.fc2_weight, self.num_groups, self.reduce_group)
+        return absmean_blocks(self.fc2_weight, self.num_groups, 1, self.reduce_group)
 
     def forward(
         self, x_TH: Quantized | torch.Tensor, dispatch: Dispatch | LocalDispatch, probs_TE: torch.Tensor
@@ -201,7 +193,7 @@ class _DispatchedProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_RO, grad_probs_R1):
-        ends_E, operands, x = ctx.dispatch.ends_E, ctx.operands, RowCodes(*ctx.saved_tensors)
+        ends_E, operands, x = ctx.dispatch.ends_E, ctx.operands, _row_codes(ctx.dispatch, *ctx.saved_tensors)
         grad_RH, grad_weight = grouped_gradients(grad_RO, x, operands, ends_E, is_column=True)
         grad_TH, grad_probs_TE = ctx.dispatch.send_back(grad_RH, grad_probs_R1)
         return grad_TH, None, None, grad_probs_TE, into_main_grad(ctx.weight, grad_weight), None, None
@@ -209,17 +201,19 @@ class _DispatchedProduct(torch.autograd.Function):
 
 def _dispatch_and_multiply(
     ctx, carrier_TH, codes_TH, scale_T1, probs_TE, weight, operands, dispatch
-) -> tuple[RowCodes, torch.Tensor, torch.Tensor]:
-    """What the backward needs of the rows, their probabilities, and gate and up; ``ctx`` keeps what is no tensor.
-
-    Where rows are copies of tokens of this rank, codes are kept once a token.
-    """
+) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor, torch.Tensor]:
+    """What ``_row_codes`` makes rows of, their probabilities, and gate and up; ``ctx`` keeps what is no tensor."""
     ctx.dispatch, ctx.operands, ctx.weight = dispatch, operands, weight
-    *rows, probs_R1 = dispatch.send(codes_TH, scale_T1, probs_TE)
-    gate_up_R2F = grouped_scaled_product(*rows, operands, dispatch.ends_E, dispatch.expert_R, carrier_TH.dtype)
-    is_local = isinstance(dispatch, LocalDispatch)
-    kept = RowCodes(codes_TH, rows[1], dispatch.source_R) if is_local else RowCodes(*rows)
-    return kept, probs_R1, gate_up_R2F
+    rows_RH, scale_R1, probs_R1 = dispatch.send(codes_TH, scale_T1, probs_TE)
+    where = dispatch.ends_E, dispatch.expert_R
+    gate_up_R2F = grouped_scaled_product(rows_RH, scale_R1, operands, *where, carrier_TH.dtype)
+    # Where rows are copies of tokens of this rank, codes are kept once a token.
+    kept_codes = codes_TH if isinstance(dispatch, LocalDispatch) else rows_RH
+    return (kept_codes, scale_R1), probs_R1, gate_up_R2F
+
+
+def _row_codes(dispatch: Dispatch | LocalDispatch, codes: torch.Tensor, scale_R1: torch.Tensor) -> RowCodes:
+    return RowCodes(codes, scale_R1, dispatch if isinstance(dispatch, LocalDispatch) else None)
 
 
 class _ActivatedProduct(torch.autograd.Function):
@@ -238,10 +232,9 @@ class _ActivatedProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_RF, *unused):
         *kept, gate_up_R2F, gain_EF, rstd_RG, probs_R1 = ctx.saved_tensors
-        x, where = RowCodes(*kept), (ctx.dispatch.ends_E, ctx.dispatch.expert_R)
+        x, where = _row_codes(ctx.dispatch, *kept), (ctx.dispatch.ends_E, ctx.dispatch.expert_R)
         if gate_up_R2F is None:
-            rows_RH = x.codes if x.source_R is None else ctx.dispatch.spread(x.codes)
-            gate_up_R2F = grouped_scaled_product(rows_RH, x.scale_RG, ctx.operands, *where, grad_RF.dtype)
+            gate_up_R2F = grouped_scaled_product(x.rows(), x.scale_RG, ctx.operands, *where, grad_RF.dtype)
         activation = gate_up_R2F, gain_EF, rstd_RG, probs_R1
         grad = grouped_activated_gradients(grad_RF, *activation, x, ctx.operands, *where, ctx.num_groups)
         grad_gain_EF = None if gain_EF is None else grad.gain_EF.to(gain_EF.dtype)

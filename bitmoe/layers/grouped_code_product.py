@@ -7,6 +7,7 @@ import torch
 
 from bitmoe.layers.code_product import dequantized
 from bitmoe.layers.collectives import tree_sum
+from bitmoe.layers.local_dispatch import LocalDispatch
 from bitmoe.quant.ternary_codes import WeightOperands
 from bitmoe_kernels.act_quant import dequantize
 from bitmoe_kernels.grouped_ternary_gemm import (
@@ -19,7 +20,6 @@ from bitmoe_kernels.grouped_ternary_gemm import (
     grouped_scaled_code_matmul,
     grouped_weight_grad,
 )
-from bitmoe_kernels.grouped_ternary_gemm.reference import rows_of_tokens
 from bitmoe_kernels.relu2_glu import relu2_glu_quantize_backward, relu2_glu_quantize_backward_codes
 from bitmoe_kernels.ternary_gemm import quantize_grad
 
@@ -67,12 +67,17 @@ class RowCodes(NamedTuple):
     codes: torch.Tensor
     """[R, I], or of tokens [T, I]."""
     scale_RG: torch.Tensor
-    source_R: torch.Tensor | None = None
-    """int32 [R]: the token of each row; None where rows have codes of their own."""
+    dispatch: LocalDispatch | None = None
+    """What copied tokens to rows; None where rows have codes of their own."""
+
+    @property
+    def source_R(self) -> torch.Tensor | None:
+        """int32 [R]: the token of each row, if codes are those of tokens."""
+        return None if self.dispatch is None else self.dispatch.source_R
 
     def rows(self) -> torch.Tensor:
         """Codes of rows, [R, I]."""
-        return self.codes if self.source_R is None else rows_of_tokens(self.codes, self.source_R)
+        return self.codes if self.dispatch is None else self.dispatch.spread(self.codes)
 
 
 def grouped_gradients(

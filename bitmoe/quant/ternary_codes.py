@@ -57,8 +57,8 @@ class CodeCache:
     Args:
         policy: whose epoch tells that parameters changed.
         role: linear role the codes are counted under.
-        make: returns the parameter's present value and its scales, as ``absmean_rows`` and ``absmean_columns`` do, or
-            how it is cut into blocks that this rank scales alone.
+        make: returns the parameter's present value and its scales, or how it is cut into blocks that this rank scales
+            alone, as the functions ``absmean_...`` do.
     """
 
     def __init__(
@@ -155,3 +155,23 @@ def absmean_columns(
         dist.all_reduce(sums, group=reduce_group)
         count *= reduce_group.size()
     return w_EOI, absmean_scale(sums, count).unsqueeze(-2)
+
+
+def absmean_blocks(
+    w_EOI: torch.Tensor, groups: int, dim: int, reduce_group: dist.ProcessGroup | None
+) -> tuple[torch.Tensor, torch.Tensor] | OwnBlocks:
+    """Scales of equal blocks of rows (``dim`` 0) or columns (1); those of one rank alone are left to the cache.
+
+    Args:
+        w_EOI: weight [O, I] or one per expert [E, O, I] (this rank's part).
+        groups: blocks of a matrix on this rank.
+        dim: 0 for blocks of rows, 1 of columns.
+        reduce_group: ranks that share the blocks, or None.
+    """
+    if reduce_group is None:
+        return OwnBlocks(w_EOI, groups, dim)
+    if dim == 1:
+        return absmean_columns(w_EOI, groups, reduce_group)
+    block_size = w_EOI.shape[-2] // groups
+    ids_O = torch.arange(groups, device=w_EOI.device).repeat_interleave(block_size, output_size=w_EOI.shape[-2])
+    return absmean_rows(w_EOI, ids_O, groups, reduce_group)

@@ -24,7 +24,6 @@ from bitmoe_kernels.ternary_gemm.triton_tiles import (
     operand_tiles,
     product_tile,
     result_tiles,
-    sum_dtype,
 )
 
 # Shapes: R = rows sorted by expert, E = experts, K = contracted, N = columns of a product, C = chunks of k; I = inputs,
@@ -213,7 +212,7 @@ def grouped_matmul(
         out_RN.stride(0),
         ONE_CHUNK=num_chunks == 1,
         SCALE_CHUNKS=num_scales > 1,
-        SUM_DTYPE=sum_dtype(a_RK),
+        SUM_DTYPE=tl.int32 if a_RK.dtype == torch.int8 else tl.float32,
         TILES_PER_STRIP=TILES_PER_STRIP,
         enable_fp_fusion=False,
         **tile,

@@ -52,8 +52,6 @@ def relu2_glu_quantize_backward_triton(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """dgate_up [..., 2F] in the dtype of gate_up; fp32 dgain in the shape of the gain and dweight [..., 1], or None."""
     dgate_up_T2F = torch.empty_like(gate_up_T2F, memory_format=torch.contiguous_format)
-    if expert_R is not None and ends_E is None:
-        ends_E = ends_of_experts(expert_R, len(gain))
     outputs = dgate_up_T2F, *[None] * 5
     return dgate_up_T2F, *_run(dy_TF, gate_up_T2F, gain, rstd_TG, expert_R, ends_E, weight_T1, outputs)
 
@@ -76,8 +74,6 @@ def relu2_glu_rounded_backward_triton(
     largest_E = torch.zeros(len(w_scale_E2), dtype=torch.float32, device=device)
     scales = w_scale_E2.contiguous(), x_scale_T1.contiguous()
     outputs = codes_T2F, *scales, scale_T1, power_T1, largest_E
-    if expert_R is not None and ends_E is None:
-        ends_E = ends_of_experts(expert_R, len(w_scale_E2))
     others = _run(dy_TF, gate_up_T2F, gain, rstd_T1, expert_R, ends_E, weight_T1, outputs)
     return (codes_T2F.view(torch.float8_e4m3fn), scale_T1, power_T1, largest_E), *others
 
@@ -89,6 +85,8 @@ def _run(
     gate_up_T2F = gate_up_T2F.contiguous()
     lead, size = gate_up_T2F.shape[:-1], gate_up_T2F.shape[-1] // 2
     num_tokens, device = gate_up_T2F.numel() // (2 * size), gate_up_T2F.device
+    if expert_R is not None and ends_E is None:
+        ends_E = ends_of_experts(expert_R, len(outputs[1] if gain is None else gain))
     groups = 1 if rstd_TG is None else rstd_TG.shape[-1]
     dgain = None if gain is None else torch.empty(gain.shape, dtype=torch.float32, device=device)
     dweight_TG = None if weight_T1 is None else torch.empty(num_tokens, groups, dtype=torch.float32, device=device)

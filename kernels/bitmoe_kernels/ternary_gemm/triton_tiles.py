@@ -1,12 +1,11 @@
 """Which tiles an 8-bit product is computed in, how many programs run at once, and how tiles of operands are read.
 
 Speeds are of an H200. A program of 8 warps alone on its processor leaves the tensor cores idle while it scales and
-writes its tile; two programs of 4 do that in turns, for twice the reads of operands.
+writes its tile; two programs of 4 do that in turns, for a third more reads of operands.
 """
 
 import torch
 import triton
-import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 # Shapes: M, N = rows of the two operands, K = contracted.
@@ -93,8 +92,3 @@ def num_programs(num_tiles: int, tile: dict, device: torch.device) -> int:
 def _num_processors(device: torch.device) -> int:
     """Streaming multiprocessors; 2 stand for them in Triton's interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-
-
-def sum_dtype(codes: torch.Tensor) -> tl.dtype:
-    """What products of these codes are added in."""
-    return tl.int32 if codes.dtype == torch.int8 else tl.float32
