@@ -121,7 +121,8 @@ def _pair_tile(num_experts: int) -> dict[str, int]:
 def _tiles(num_tokens: int, num_features: int) -> tuple[tuple[int, int], dict]:
     """Grid and tile of a kernel whose features are independent."""
     block_features = min(_TILE, triton.next_power_of_2(num_features))
-    block_tokens = _TILE // block_features
+    # Scales are one number a token: many programs, for each takes its rows' places one after the other.
+    block_tokens = min(64, _TILE // block_features)
     grid = (triton.cdiv(num_tokens, block_tokens), triton.cdiv(num_features, block_features))
     return grid, {"BLOCK_TOKENS": block_tokens, "BLOCK_FEATURES": block_features, "num_warps": 4}
 
@@ -187,7 +188,8 @@ def _permute_kernel(
     tokens, words, mask_tokens, mask = _tile_offsets(num_tokens, NUM_WORDS, BLOCK_TOKENS, BLOCK_FEATURES)
     tile = tl.load(words_ptr + tokens[:, None] * NUM_WORDS + words, mask=mask)
     for k in tl.static_range(TOPK):
-        tl.store(rows_ptr + _row_offsets(row_ptr, tokens, mask_tokens, k, NUM_WORDS, TOPK) + words, tile, mask=mask)
+        offs = _row_offsets(row_ptr, tokens, mask_tokens, k, NUM_WORDS, TOPK) + words
+        tl.store(rows_ptr + offs, tile, mask=mask, eviction_policy="evict_first")
 
 
 @triton.jit

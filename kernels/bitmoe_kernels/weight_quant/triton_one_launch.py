@@ -26,7 +26,7 @@ _TILES_A_PART = 4
 # Units whose weights are read before the codes of one are made; 1 and 4 were slower.
 _UNITS_AHEAD = 2
 _LARGEST_UNIT = 12 << 20
-"""Bytes. 64 experts of 2,816 x 2,048 and 2,048 x 1,408: 0.69 -> 0.54 and 0.35 -> 0.28 ms; at 117 MB a unit nothing is
+"""Bytes. 64 experts of 2,816 x 2,048 and 2,048 x 1,408: 0.69 -> 0.47 and 0.35 -> 0.24 ms; at 117 MB a unit nothing is
 gained (H200, 50 MB of L2)."""
 
 
@@ -193,7 +193,9 @@ def _add_part(
     sums = tl.zeros([SUM_TILE], tl.float64)
     for tile in tl.static_range(TILES_A_PART):
         offs = (part * TILES_A_PART + tile) * SUM_TILE + tl.arange(0, SUM_TILE)
-        sums += abs_as_fp64(tl.load(bits_ptr + offs, mask=offs < unit_size, other=0), SHIFT, INFINITY)
+        # To stay in L2 until its codes are made, which leave at once: 0.80 -> 0.71 ms by both (64 experts, H200).
+        bits = tl.load(bits_ptr + offs, mask=offs < unit_size, other=0, eviction_policy="evict_last")
+        sums += abs_as_fp64(bits, SHIFT, INFINITY)
     tl.store(parts_ptr + part, tl.sum(sums) * FACTOR)
     if tl.atomic_add(num_added_ptr, 1, sem="acq_rel") == num_parts - 1:
         offs_parts = tl.arange(0, PARTS)

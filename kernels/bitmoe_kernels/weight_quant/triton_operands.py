@@ -253,7 +253,8 @@ def write_operands(
         offs_columns = tl.arange(0, BLOCK_I)[:, None]
         offs_words = tl.arange(0, BLOCK_O // 4)[None, :]
         mask = (offs_columns < columns_left) & (offs_words < padded_words - first_o // 4)
-        tl.store(columns_ptr + offs_columns * padded_words + offs_words, tl.trans(word), mask=mask)
+        columns_ptrs = columns_ptr + offs_columns * padded_words + offs_words
+        tl.store(columns_ptrs, tl.trans(word), mask=mask, eviction_policy="evict_first")
     if counts_ptr is not None:
         tally_of_tile = tl.sum(tally)
         num_codes = tl.minimum(rows_left, BLOCK_O) * tl.minimum(columns_left, BLOCK_I)
@@ -275,7 +276,7 @@ def _write_row(w, half_scale, rows_ptr, mask, word, ARE_FLOAT8: tl.constexpr):
     # The highest byte is the e4m3 number 1.0, or 2.0 (whose two highest bits are the integer), with the sign of w.
     ONE: tl.constexpr = 0x38000000 if ARE_FLOAT8 else 0x40000000
     bits = tl.where(tl.abs(w) > half_scale, (w.to(tl.int32, bitcast=True) & -0x80000000) | ONE, 0)
-    tl.store(rows_ptr, (bits >> (24 if ARE_FLOAT8 else 30)).to(tl.int8), mask=mask)
+    tl.store(rows_ptr, (bits >> (24 if ARE_FLOAT8 else 30)).to(tl.int8), mask=mask, eviction_policy="evict_first")
     return ((word >> 8) & 0x00FFFFFF) | bits
 
 
