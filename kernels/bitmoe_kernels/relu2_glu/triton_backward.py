@@ -241,19 +241,21 @@ def _relu2_glu_bwd_kernel(
                     dunit = dh * load_piece(gain_ptrs, piece, NUM_FEATURES, BLOCK_FEATURES)
                     dh = rstd * (dunit - unit * mean)
                 dup = dh * relu
-                dgate = (dup + dup) * up
+                # Half of it: the other factor of 2 is as exact behind the rounding.
+                dgate = dup * up
                 dup *= relu
                 if AS_CODES:
                     pair = _bf16_pair(dgate, dup)
                     pairs, largest = pairs + (pair,), _larger_magnitudes(largest, pair)
                 else:
-                    dgate, dup = round_to(dgate, out_ptr.dtype.element_ty), round_to(dup, out_ptr.dtype.element_ty)
+                    dgate = round_to(dgate + dgate, out_ptr.dtype.element_ty)
+                    dup = round_to(dup, out_ptr.dtype.element_ty)
                     store_piece(out_ptr + offs_gate, dgate, piece, NUM_FEATURES, BLOCK_FEATURES)
                     store_piece(out_ptr + offs_gate + SIZE, dup, piece, NUM_FEATURES, BLOCK_FEATURES)
             if HAS_NORM:
                 dgain = new_dgain
             if AS_CODES:
-                w_gate, w_up = tl.load(w_scale_ptr + 2 * expert), tl.load(w_scale_ptr + 2 * expert + 1)
+                w_gate, w_up = 2 * tl.load(w_scale_ptr + 2 * expert), tl.load(w_scale_ptr + 2 * expert + 1)
                 absmax = tl.maximum(_magnitude(largest << 16) * w_gate, _magnitude(largest) * w_up)
                 scale, reciprocal, power = power_scale(absmax, tl.load(x_scale_ptr + tokens))
                 tl.store(scale_ptr + tokens, scale)
@@ -262,8 +264,8 @@ def _relu2_glu_bwd_kernel(
                 for piece in tl.static_range(NUM_PIECES):
                     dgate = _codes(pairs[piece] << 16, w_gate, reciprocal)
                     dup = _codes(pairs[piece], w_up, reciprocal)
-                    store_piece(out_ptr + offs_gate, dgate, piece, NUM_FEATURES, BLOCK_FEATURES)
-                    store_piece(out_ptr + offs_gate + SIZE, dup, piece, NUM_FEATURES, BLOCK_FEATURES)
+                    _store_codes(out_ptr + offs_gate, dgate, reciprocal, piece, NUM_FEATURES, BLOCK_FEATURES)
+                    _store_codes(out_ptr + offs_gate + SIZE, dup, reciprocal, piece, NUM_FEATURES, BLOCK_FEATURES)
         if HAS_NORM:
             slot = tl.program_id(0) + expert
             partial_ptrs = partial_ptr + slot * SIZE + offs_group + tl.zeros([1, 1], tl.int32)
@@ -302,9 +304,20 @@ def _magnitude(bits):
 
 @triton.jit
 def _codes(bits, w_scale, reciprocal):
-    """Bytes of e4m3 codes of bf16 numbers in the high halves of ``bits``; 0 in rows whose reciprocal is 0."""
-    x = (bits & -65536).to(tl.float32, bitcast=True) * w_scale * reciprocal[:, None]
-    return tl.where(reciprocal[:, None] > 0, e4m3_bytes(x), 0)
+    """Bytes of e4m3 codes of bf16 numbers in the high halves of ``bits``, if these are finite."""
+    return e4m3_bytes((bits & -65536).to(tl.float32, bitcast=True) * w_scale * reciprocal[:, None])
+
+
+@triton.jit
+def _store_codes(
+    row_ptrs, codes, reciprocal, piece: tl.constexpr, NUM_FEATURES: tl.constexpr, BLOCK_FEATURES: tl.constexpr
+):
+    """``store_piece`` of codes, and of 0 in rows whose reciprocal is 0."""
+    features = piece * BLOCK_FEATURES + tl.arange(0, BLOCK_FEATURES)[None, :]
+    mask, is_finite = features < NUM_FEATURES, reciprocal[:, None] > 0
+    # A choice for each code would take 4 packed ones apart.
+    tl.store(row_ptrs + features, codes, mask=mask & is_finite)
+    tl.store(row_ptrs + features, tl.zeros_like(codes), mask=mask & ~is_finite)
 
 
 @triton.jit
