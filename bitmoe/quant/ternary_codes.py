@@ -90,8 +90,11 @@ class CodeCache:
             is_counted = is_new and statistics.counts_weights
             with torch.no_grad():
                 scale, self._codes = self._made(row_dtype, with_columns, is_counted)
-            # At one address, for recorded passes.
-            self._scale = scale if self._scale is None else self._scale.copy_(scale)
+            if self._scale is None:
+                self._scale = scale.flatten(-2)
+            else:
+                # At one address, for recorded passes.
+                self._scale.view(scale.shape).copy_(scale)
             if is_counted:
                 statistics.add_weights(self._role, self._codes.counts)
             self.epoch = self._policy.epoch
@@ -100,15 +103,15 @@ class CodeCache:
     def _made(
         self, row_dtype: torch.dtype, with_columns: bool, is_counted: bool
     ) -> tuple[torch.Tensor, TernaryOperands]:
-        """Scales and codes of the present value."""
+        """Scales of the present value, each as often as it is used (fp32 [..., S, repeats]), and codes."""
         layout, made = (row_dtype, with_columns, self._codes, is_counted), self._make()
         if isinstance(made, OwnBlocks):
             scale, codes = absmean_operands(*made, *layout)
             repeats = made.weight_EOI.shape[-2] // made.groups if made.dim == 0 else 1
-            return scale.repeat_interleave(repeats, -1), codes
+            return scale.unsqueeze(-1).expand(*scale.shape, repeats), codes
         weight, scale = made
         dim, scale = 1 if scale.shape[-2] == 1 else 0, scale.flatten(-2)
-        return scale, ternary_operands(weight, scale, dim, *layout)
+        return scale.unsqueeze(-1), ternary_operands(weight, scale, dim, *layout)
 
     def _holds(self, row_dtype: torch.dtype, with_columns: bool) -> bool:
         return self._codes.rows.dtype == row_dtype and not (with_columns and self._codes.columns is None)
