@@ -89,8 +89,8 @@ class QuantConfig:
     it is 1."""
     backward: BackwardFormat = BackwardFormat.bf16
     """Backward products of ternary linears: bf16 (fp32 with run.precision=fp32) multiplies the gradient as it is; 8bit
-    rounds it to 8 bits for the input gradient, and for the weight gradient where inputs have 4 bits. Codes of weights
-    and activations stay exact in both."""
+    rounds it to 8 bits, but not for the weight gradient where inputs have 8 bits and groups. Codes of weights and
+    activations stay exact in both."""
     stages: list[BitStage] = field(default_factory=lambda: [BitStage()])
     """The bit schedule, in order of start."""
 

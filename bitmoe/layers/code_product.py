@@ -2,8 +2,8 @@
 
 Forward: exact integer products, scales after. Backward (straight-through, BitNet a4.8 section 3): the input's gradient
 is dY times the dequantized ternary weight, dense and unmasked; the weight's gradient is dY^T times the dequantized
-input; scales get none. With ``quant.backward = 8bit`` dY is rounded to e4m3 for the input's gradient and, where the
-input's codes are e4m3 (4-bit ones), for the weight's; with INT8 inputs that stays as it is.
+input; scales get none. With ``quant.backward = 8bit`` dY is rounded to e4m3 for the input's gradient; for the weight's
+to e4m3 or INT8, whichever the input's codes are, and not at all where INT8 inputs have more than one group.
 """
 
 import torch
@@ -16,6 +16,7 @@ from bitmoe_kernels.ternary_gemm import (
     QuantizedGrad,
     code_matmul,
     input_grad,
+    int8_weight_grad,
     quantize_grad,
     scaled_code_matmul,
     weight_grad,
@@ -74,10 +75,17 @@ def gradients(
     w_scale_O, w_scale_G = (weight.scale, None) if is_column else (None, weight.scale)
     if x_codes_TI.dtype == torch.int8:
         dx_TI = input_grad(quantize_grad(dy_TO, w_scale_O), weight.columns, w_scale_G)
-        return dx_TI.to(dtype), dy_TO.T @ dequantize(x_codes_TI, x_scale_TG, dtype)
+        return dx_TI.to(dtype), _int8_inputs_weight_grad(dy_TO, x_codes_TI, x_scale_TG)
     grad = quantize_grad(dy_TO, w_scale_O, x_scale_TG)
     dx_TI = input_grad(grad, weight.columns, w_scale_G)
     return dx_TI.to(dtype), weight_grad(grad, x_codes_TI, w_scale_O).to(dtype)
+
+
+def _int8_inputs_weight_grad(dy_TO: torch.Tensor, x_codes_TI: torch.Tensor, x_scale_TG: torch.Tensor) -> torch.Tensor:
+    # For each group dY would be rounded again, which takes as long as INT8 products gain.
+    if x_scale_TG.shape[1] == 1:
+        return int8_weight_grad(dy_TO, x_codes_TI, x_scale_TG)
+    return dy_TO.T @ dequantize(x_codes_TI, x_scale_TG, dy_TO.dtype)
 
 
 def activated_gradients(

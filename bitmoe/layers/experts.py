@@ -256,7 +256,7 @@ class _SummedProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_TH):
         dispatch, x = ctx.dispatch, ctx.saved_tensors
-        grads = spread_gradients(grad_TH.contiguous(), dispatch.spread, *x, ctx.operands, dispatch.ends_E)
+        grads = spread_gradients(grad_TH.contiguous(), dispatch, *x, ctx.operands)
         return grads[0], None, None, into_main_grad(ctx.weight, grads[1]), None, None
 
 

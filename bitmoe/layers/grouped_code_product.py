@@ -1,6 +1,5 @@
 """Products of the ternary linears of routed experts on one rank: ``code_product`` for rows sorted by expert."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -14,6 +13,7 @@ from bitmoe_kernels.grouped_ternary_gemm import (
     GroupedQuantizedGrad,
     grouped_code_matmul,
     grouped_input_grad,
+    grouped_int8_weight_grad,
     grouped_matmul,
     grouped_outer,
     grouped_quantize_grad,
@@ -91,35 +91,48 @@ def grouped_gradients(
     w_scale_EO, w_scale_EG = (weight.scale, None) if is_column else (None, weight.scale)
     if x.codes.dtype == torch.int8:
         dx_RI = grouped_input_grad(grouped_quantize_grad(dy_RO, ends_E, w_scale_EO), weight.columns, w_scale_EG, ends_E)
-        return dx_RI.to(dtype), grouped_outer(dy_RO, dequantize(x.rows(), x.scale_RG, dtype), ends_E)
+        return dx_RI.to(dtype), _int8_inputs_weight_grad(dy_RO, x.rows(), x.scale_RG, ends_E)
     grad = grouped_quantize_grad(dy_RO, ends_E, w_scale_EO, x.scale_RG)
     dx_RI = grouped_input_grad(grad, weight.columns, w_scale_EG, ends_E)
     dw_EOI = grouped_weight_grad(grad, x.codes, w_scale_EO, ends_E, source_R=x.source_R)
     return dx_RI.to(dtype), dw_EOI.to(dtype)
 
 
+def _int8_inputs_weight_grad(
+    dy_RO: torch.Tensor,
+    x_codes_RI: torch.Tensor,
+    x_scale_RG: torch.Tensor,
+    ends_E: torch.Tensor,
+    dispatch: LocalDispatch | None = None,
+) -> torch.Tensor:
+    """As in ``code_product``; with a ``dispatch`` ``dy_RO`` is that of tokens, [T, O]."""
+    if x_scale_RG.shape[1] == 1:
+        source_R = None if dispatch is None else dispatch.source_R
+        return grouped_int8_weight_grad(dy_RO, x_codes_RI, x_scale_RG, ends_E, source_R=source_R)
+    dy_RO = dy_RO if dispatch is None else dispatch.spread(dy_RO)
+    return grouped_outer(dy_RO, dequantize(x_codes_RI, x_scale_RG, dy_RO.dtype), ends_E)
+
+
 def spread_gradients(
     dy_TO: torch.Tensor,
-    spread: Callable[[torch.Tensor], torch.Tensor],
+    dispatch: LocalDispatch,
     x_codes_RI: torch.Tensor,
     x_scale_RG: torch.Tensor,
     weight: WeightOperands,
-    ends_E: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """8-bit ``grouped_gradients`` where all rows of a token have its gradient: rounded once a token, then copied.
 
     Args:
         dy_TO: gradient of the sum of each token's rows.
-        spread: copies tokens to their rows.
+        dispatch: copies tokens to their rows.
         x_codes_RI: INT8 codes of the input.
         x_scale_RG: their scales.
         weight: codes, transposed ones too, and a scale for each group of inputs [E, G].
-        ends_E: where each expert's rows end, int32.
     """
     dtype, grad = dy_TO.dtype, quantize_grad(dy_TO)
-    rows = GroupedQuantizedGrad(spread(grad.codes_TO), spread(grad.scale_T1))
-    dx_RI = grouped_input_grad(rows, weight.columns, weight.scale, ends_E)
-    return dx_RI.to(dtype), grouped_outer(spread(dy_TO), dequantize(x_codes_RI, x_scale_RG, dtype), ends_E)
+    rows = GroupedQuantizedGrad(dispatch.spread(grad.codes_TO), dispatch.spread(grad.scale_T1))
+    dx_RI = grouped_input_grad(rows, weight.columns, weight.scale, dispatch.ends_E)
+    return dx_RI.to(dtype), _int8_inputs_weight_grad(dy_TO, x_codes_RI, x_scale_RG, dispatch.ends_E, dispatch)
 
 
 class ActivatedGradients(NamedTuple):

@@ -5,10 +5,10 @@
 
 Plain functions (no autograd), one process. Tokens are copied to their rows on both sides, as codes in ours; what comes
 home and the activation between the linears are left out. Ours pays for the rest: tokens and rows quantized, weights
-ternarized (once a pass: one micro-batch), transposed copies, dY rounded. Down, whose inputs are INT8, has its weight
-gradient in bf16, as the layers do. Each variant of FP8 products is timed: torch._scaled_grouped_mm and the Triton
-kernel. Times are CUDA events, medians. No number is printed unless the products are exact and the gradients close to
-fp64.
+ternarized (once a pass: one micro-batch), transposed copies, dY rounded. With groups down, whose inputs are INT8, has
+its weight gradient in bf16, as the layers do. Each variant of FP8 products is timed: torch._scaled_grouped_mm and the
+Triton kernel. Times are CUDA events, medians. No number is printed unless the products are exact and the gradients
+close to fp64.
 """
 
 import itertools
@@ -25,6 +25,7 @@ from shapes import MOE_LAYERS, MoELayer
 from bitmoe_kernels.act_quant import dequantize, quantize_int4, quantize_int8
 from bitmoe_kernels.grouped_ternary_gemm import (
     grouped_input_grad,
+    grouped_int8_weight_grad,
     grouped_outer,
     grouped_quantize_grad,
     grouped_scaled_code_matmul,
@@ -89,6 +90,8 @@ def eight_bit_linear(name: str, plan, x, w_EOI, dy_RO, mark: Mark, backend: str 
     mark("dgrad product")
     if is_column:
         dw_EOI = grouped_weight_grad(grad, x_codes, w_scale, ends_E)
+    elif groups == 1:
+        dw_EOI = grouped_int8_weight_grad(dy_RO, x_codes, x_scale, ends_E)
     else:
         x_dq_RI = dequantize(x_codes, x_scale, dy_RO.dtype)
         mark("dequantize x")

@@ -6,8 +6,9 @@
 Shapes are those of ``shapes.py``. Both sides call plain functions (no autograd) in one process, linear by linear: a
 pass reads and writes more than L2 holds, so nothing it reads is left there from the pass before. Whole passes are
 replayed as CUDA graphs; stages are timed by events. Ours pays for everything: activations quantized, weights ternarized
-(once a pass: one micro-batch), transposed copies, dY rounded. Linears with INT8 inputs have their weight gradient in
-bf16, as the layers do. At one shape the other ways to train such linears are timed, too: see ``baselines.py``.
+(once a pass: one micro-batch), transposed copies, dY rounded. With G > 1
+linears with INT8 inputs have their weight gradient in bf16, as the layers do. At one shape the other ways to train
+such linears are timed, too: see ``baselines.py``.
 No number is printed unless the products are exact and the gradients close to fp64.
 """
 
@@ -32,7 +33,13 @@ from shapes import (
 )
 
 from bitmoe_kernels.act_quant import dequantize, quantize_int4, quantize_int8
-from bitmoe_kernels.ternary_gemm import input_grad, quantize_grad, scaled_code_matmul, weight_grad
+from bitmoe_kernels.ternary_gemm import (
+    input_grad,
+    int8_weight_grad,
+    quantize_grad,
+    scaled_code_matmul,
+    weight_grad,
+)
 from bitmoe_kernels.weight_quant import TernaryOperands, absmean_scale, absmean_sums, ternarize, ternary_operands
 
 # Shapes: T = tokens, I = inputs, O = outputs, G = groups of inputs; "..." = no dimension, or experts.
@@ -82,6 +89,8 @@ def eight_bit_pass(name: str, x_TI, w_OI, dy_TO, mark: Mark, groups: int = 1):
     mark("dgrad product")
     if is_column:
         dw_OI = weight_grad(grad, x_codes, w_scale)
+    elif groups == 1:
+        dw_OI = int8_weight_grad(dy_TO, x_codes, x_scale)
     else:
         x_dq_TI = dequantize(x_codes, x_scale, dy_TO.dtype)
         mark("dequantize x")
@@ -268,15 +277,16 @@ def run_shape(size: str, num_tokens: int) -> dict:
     flops = linear_flops(layer, num_tokens)
     best_ms = min(timing.ms for kind, timing in timed.values() if kind == "bf16")
     title = f"{size} ({layer.hidden_size}, {layer.ffn_size}), {num_tokens:,} tokens"
-    bf16_share = {"bf16": 1.0, "ours": bf16_share_of_linears(layer)}
+    bf16_share = {name: 1.0 for name, (kind, _) in timed.items() if kind == "bf16"}
+    bf16_share |= {name: bf16_share_of_linears(layer, groups) for name, groups in VARIANTS.items()}
     print(f"\n{title:38}{'ms':>9}{'TFLOP/s':>9}{'of floor':>10}{'of bf16':>9}")
     results = []
     for name, (kind, timing) in timed.items():
         tflops = round(1e-9 * flops / timing.ms, 1)
         note = "" if timing.how == "graph" else f"  ({timing.how})"
         row = {"name": name, "kind": kind, **timing._asdict(), "tflops": tflops}
-        if kind in bf16_share:
-            row["of_floor"] = share_of_floor(timing.ms, flops, bf16_share[kind])
+        if name in bf16_share:
+            row["of_floor"] = share_of_floor(timing.ms, flops, bf16_share[name])
         share = f"{row['of_floor']:.0%}" if "of_floor" in row else "-"
         print(f"{name:38}{timing.ms:9.3f}{tflops:9.0f}{share:>10}{best_ms / timing.ms:8.2f}x{note}", flush=True)
         results.append(row)

@@ -86,8 +86,10 @@ def share_of_floor(ms: float, flops: float, bf16_share: float) -> float:
     return round(floor_ms / ms, 3)
 
 
-def bf16_share_of_linears(layer: DenseLayer) -> float:
-    """Of the FLOPs with an 8-bit backward: the weight gradients of linears with INT8 inputs."""
+def bf16_share_of_linears(layer: DenseLayer, groups: int) -> float:
+    """Of the FLOPs with an 8-bit backward: the weight gradients of linears with INT8 inputs in groups."""
+    if groups == 1:
+        return 0.0
     sizes = {name: shape.outputs * shape.inputs for name, shape in linear_shapes(layer).items()}
     return sum(size for name, size in sizes.items() if name not in COLUMN_LINEARS) / sum(sizes.values()) / 3
 

@@ -51,7 +51,9 @@ def test_share_of_floor(bench):
     assert shapes.share_of_floor(2.0, 989e9, 1.0) == 0.5
     assert shapes.share_of_floor(1.0, 1979e9, 0.0) == 1.0
     # Weight gradients of o and down, of q, k, v, o, gate, up and down.
-    assert shapes.bf16_share_of_linears(shapes.DenseLayer(2, 3)) == (2 * 2 + 2 * 3) / (4 * 2 * 2 + 3 * 2 * 3) / 3
+    layer = shapes.DenseLayer(2, 3)
+    assert shapes.bf16_share_of_linears(layer, 8) == (2 * 2 + 2 * 3) / (4 * 2 * 2 + 3 * 2 * 3) / 3
+    assert shapes.bf16_share_of_linears(layer, 1) == 0
 
 
 def test_closeness(bench):

@@ -68,6 +68,7 @@ def products(hidden, ffn, groups, heads, dtype):
     from bitmoe_kernels.grouped_ternary_gemm.triton_row_tiles import row_tiles
     from bitmoe_kernels.ternary_gemm.triton_columns import transpose_codes
     from bitmoe_kernels.ternary_gemm.triton_grad import quantize_grad
+    from bitmoe_kernels.ternary_gemm.triton_int8_grad import int8_outer, quantize_columns
     from bitmoe_kernels.ternary_gemm.triton_kernels import scaled_int8_matmul
 
     x, w = torch.ones(TOKENS, ffn, dtype=torch.int8), torch.ones(NUM_EXPERTS, hidden, ffn, dtype=torch.int8)
@@ -84,11 +85,16 @@ def products(hidden, ffn, groups, heads, dtype):
     grouped_outer(columns, torch.ones(NUM_EXPERTS, ffn), columns, ends, dw)
     odd = ffn - 3  # rows that no descriptor describes
     grouped_outer(columns[:odd], torch.ones(NUM_EXPERTS, odd), columns[:odd], ends, dw[:, :odd, :odd].contiguous())
-    tiles = row_tiles(ends, num_columns, 128, cover_padding=True)
+    int8_columns, chunk_scale = columns.view(torch.int8), torch.ones(num_columns // 256, ffn)
+    for experts, result in ((None, dw[:1]), (ends, dw)):
+        int8_outer(int8_columns, chunk_scale, int8_columns, experts, result)
+    tiles = row_tiles(ends, num_columns, 128, padding=128)
     for powers in ((), (one, torch.ones(NUM_EXPERTS))):
         transpose_codes(x8, columns, *powers)
         grouped_transpose_codes(x8, tiles, columns, *powers)
     dy = torch.ones(TOKENS, ffn, dtype=dtype)
+    quantize_columns(dy, one, int8_columns, chunk_scale)
+    quantize_columns(dy, one, int8_columns, chunk_scale, row_tiles(ends, num_columns, 256, padding=256), ends)
     for expert_ends, scales in ((None, torch.ones(ffn)), (ends, torch.ones(NUM_EXPERTS, ffn))):
         quantize_grad(dy, scales, one, expert_ends)
         quantize_grad(dy, None, None, expert_ends)

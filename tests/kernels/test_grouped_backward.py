@@ -135,7 +135,7 @@ def test_transposing_kernel_has_the_references_bits(counts, dtype):
     num_rows, ends_E = sum(counts), ends(counts)
     x, num_columns = codes(num_rows + 2, 140, low=-8, high=7).to(dtype), padded_rows(num_rows + 2, len(counts))
     power, largest = torch.exp2(codes(num_rows + 2, 1, low=-9, high=0).float()), (torch.tensor(counts) > 0).float()
-    tiles = row_tiles(ends_E, num_columns, 128, cover_padding=True)
+    tiles = row_tiles(ends_E, num_columns, 128, padding=128)
     end = int(tiles.padded_ends_E[-1])
     plain = grouped_transpose_codes_reference(x, ends_E)
     cases = {(): plain}

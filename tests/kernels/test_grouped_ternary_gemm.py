@@ -45,27 +45,27 @@ def poisoned(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.full((*shape, dtype.itemsize), 0x7F, dtype=torch.uint8, device=DEVICE).view(dtype).squeeze(-1)
 
 
-def expected_tiles(counts: list[int], block: int, cover_padding: bool) -> list[tuple[int, int, int, int]]:
+def expected_tiles(counts: list[int], block: int, padding: int | None) -> list[tuple[int, int, int, int]]:
     tiles, start, column = [], 0, 0
     for expert, count in enumerate(counts):
-        padded = max(-(-count // 128), 1) * 128
-        for offset in range(0, padded if cover_padding else count, block):
+        padded = max(-(-count // (padding or 128)), 1) * (padding or 128)
+        for offset in range(0, padded if padding else count, block):
             tiles.append((expert, start + offset, start + count, column + offset))
         start, column = start + count, column + padded
     return tiles
 
 
-@pytest.mark.parametrize("cover_padding", [False, True])
+@pytest.mark.parametrize("padding", [None, 128, 256])
 @pytest.mark.parametrize("counts", [*COUNTS, [5], [31, 32, 33] + [0] * 30 + [64]], ids=str)
-def test_row_tiles(counts, cover_padding):
+def test_row_tiles(counts, padding):
     tiles = pytest.importorskip("bitmoe_kernels.grouped_ternary_gemm.triton_row_tiles")
-    max_rows = padded_rows(sum(counts), len(counts)) if cover_padding else sum(counts)
-    found = tiles.row_tiles(ends(counts), max_rows, 32, cover_padding=cover_padding)
-    expected = expected_tiles(counts, 32, cover_padding)
+    num_columns = padded_rows(sum(counts), len(counts), padding or 128)
+    found = tiles.row_tiles(ends(counts), num_columns if padding else sum(counts), 32, padding=padding)
+    expected = expected_tiles(counts, 32, padding)
     assert found.count_1.item() == len(expected) <= found.table_4S.shape[1]
     assert list(zip(*found.table_4S[:, : len(expected)].tolist(), strict=True)) == expected
-    assert torch.equal(found.padded_ends_E.cpu(), padded_ends_reference(ends(counts)).cpu())
-    assert found.padded_ends_E[-1] <= padded_rows(sum(counts), len(counts))
+    assert torch.equal(found.padded_ends_E.cpu(), padded_ends_reference(ends(counts), padding or 128).cpu())
+    assert found.padded_ends_E[-1] <= num_columns
 
 
 @pytest.mark.parametrize(("inputs", "outputs", "groups"), [(48, 40, 1), (64, 70, 2), (20, 33, 1), (90, 40, 3)])

@@ -94,15 +94,16 @@ def test_row(groups, ranks):
 @pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize("run", [run_column, run_row], ids=["column", "row"])
 def test_backward_8bit(run, groups, ranks):
-    """The same forward; input gradients of a rounded dY, as dense and unmasked as the others."""
+    """The same forward; gradients of a rounded dY, those of inputs as dense and unmasked as the others."""
     [(wanted_y_TO, exact, wanted_w_OI)] = ranks(1).run(run, groups, BackwardFormat.bf16, torch.float32)
     [(y_TO, grad, grad_w_OI)] = ranks(1).run(run, groups, BackwardFormat["8bit"], torch.float32)
     assert torch.equal(y_TO, wanted_y_TO)
     assert torch.cosine_similarity(grad.flatten(), exact.flatten(), 0) > 0.999
     assert 1e-4 < (grad - exact).norm() / exact.norm() < 0.06
     assert (grad != 0).all()
-    # Codes are INT8 on CPU: the gradient of their weight does not round.
-    assert torch.equal(grad_w_OI, wanted_w_OI)
+    # Codes are INT8 on CPU: with groups, the gradient of their weight does not round.
+    error = (grad_w_OI - wanted_w_OI).norm() / wanted_w_OI.norm()
+    assert error == 0 if run is run_row and groups > 1 else 1e-4 < error < 0.02
 
 
 def test_group_ids():

@@ -113,10 +113,11 @@ def print_row(layer: MoELayer, name: str, kind: str, timing: Timing) -> dict:
 
 
 def _bf16_share(name: str, kind: str) -> float:
-    """Of the nine products of a pass: all, the backward's six, or the weight gradient of down."""
+    """Of the nine products of a pass: all, the backward's six, or with groups the weight gradient of down."""
     if kind == "bf16":
         return 1.0
-    return 6 / 9 if VARIANTS[name][0] == "bf16" else 1 / 9
+    backward, num_groups = VARIANTS[name]
+    return 6 / 9 if backward == "bf16" else (1 / 9 if num_groups > 1 else 0.0)
 
 
 def print_ratios(rows: list[dict]) -> None:

@@ -3,6 +3,7 @@
 from bitmoe_kernels.grouped_ternary_gemm.backward import (
     GroupedQuantizedGrad,
     grouped_input_grad,
+    grouped_int8_weight_grad,
     grouped_quantize_grad,
     grouped_weight_grad,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "GroupedQuantizedGrad",
     "grouped_code_matmul",
     "grouped_input_grad",
+    "grouped_int8_weight_grad",
     "grouped_matmul",
     "grouped_outer",
     "grouped_quantize_grad",

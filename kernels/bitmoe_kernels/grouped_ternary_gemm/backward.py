@@ -8,10 +8,13 @@ from typing import NamedTuple
 
 import torch
 
-from bitmoe_kernels.dispatch import runs_triton_by_row
+from bitmoe_kernels.dispatch import runs_triton, runs_triton_by_row
 from bitmoe_kernels.grouped_ternary_gemm.float8_matmul import grouped_float8_matmul, grouped_float8_outer
 from bitmoe_kernels.grouped_ternary_gemm.op import check_ends
 from bitmoe_kernels.grouped_ternary_gemm.reference import (
+    PADDING,
+    grouped_int8_outer_reference,
+    grouped_quantize_columns_reference,
     grouped_quantize_grad_reference,
     grouped_shifted_columns_reference,
     grouped_transpose_codes_reference,
@@ -19,8 +22,9 @@ from bitmoe_kernels.grouped_ternary_gemm.reference import (
     padded_rows,
     rows_of_tokens,
 )
-from bitmoe_kernels.ternary_gemm.backward import FLOAT8
-from bitmoe_kernels.ternary_gemm.reference import LARGEST_SHIFT, pad_last, padded_length
+from bitmoe_kernels.ternary_gemm.backward import FLOAT8, check_int8_codes
+from bitmoe_kernels.ternary_gemm.op import rows_contiguous
+from bitmoe_kernels.ternary_gemm.reference import CHUNK, LARGEST_SHIFT, pad_last, padded_length
 from bitmoe_kernels.validation import check_features, check_groups
 
 # Shapes: R = rows sorted by expert, E = experts, I = inputs, O = outputs of the linear, G = groups of inputs,
@@ -188,8 +192,63 @@ def _columns(
     from bitmoe_kernels.ternary_gemm.triton_columns import COLUMN_TILE
 
     num_columns = padded_rows(len(grad.codes_RO), len(ends_E))
-    tiles = row_tiles(ends_E, num_columns, COLUMN_TILE["BLOCK_ROWS"], cover_padding=True)
+    tiles = row_tiles(ends_E, num_columns, COLUMN_TILE["BLOCK_ROWS"], padding=PADDING)
     dy_columns_OP, x_columns_IP = (x_codes_RI.new_empty(x.shape[1], num_columns) for x in (grad.codes_RO, x_codes_RI))
     grouped_transpose_codes(grad.codes_RO, tiles, dy_columns_OP)
     grouped_transpose_codes(x_codes_RI, tiles, x_columns_IP, *powers, source_R)
     return dy_columns_OP, x_columns_IP, tiles.padded_ends_E
+
+
+@torch.no_grad()
+def grouped_int8_weight_grad(
+    dy_RO: torch.Tensor,
+    x_codes_RI: torch.Tensor,
+    x_scale_R1: torch.Tensor,
+    ends_E: torch.Tensor,
+    *,
+    source_R: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Gradient of the experts' weights: dW = dY^T @ X with exact INT8 activation codes (README eq. 7 and 8).
+
+    Args:
+        dy_RO: [R, O], bf16, fp16, fp32 or fp64, not rounded yet; with ``source_R`` those of tokens [T, O].
+        x_codes_RI: activation codes, int8 [R, I].
+        x_scale_R1: their scales [R, 1].
+        ends_E: int32 [E], where each expert's rows end.
+        source_R: int32 [R], whose gradient each row has: rows need not be copies of tokens.
+
+    Returns:
+        [E, O, I] in the dtype of ``dy_RO``, zeros for experts without rows; NaN for an expert's output whose gradient
+        is not finite somewhere.
+
+    Raises:
+        TypeError: ``dy_RO`` not floating point, codes that are not int8, or ends that are not int32.
+        ValueError: shapes that do not fit.
+    """
+    check_features(dy_RO, "dy")
+    check_ends(ends_E)
+    num_rows, num_experts = len(dy_RO if source_R is None else source_R), len(ends_E)
+    check_int8_codes(x_codes_RI, num_rows)
+    if dy_RO.dim() != 2 or x_scale_R1.shape != (num_rows, 1):
+        raise ValueError(
+            f"dy and x_scale of shapes {list(dy_RO.shape)} and {list(x_scale_R1.shape)} must be [R, O] and [R, 1]"
+        )
+    if not runs_triton(dy_RO):
+        dy_RO = dy_RO if source_R is None else dy_RO.index_select(0, source_R)
+        columns = grouped_quantize_columns_reference(dy_RO, x_scale_R1, ends_E)
+        x_columns_IP = grouped_transpose_codes_reference(x_codes_RI, ends_E, CHUNK)
+        padded_ends_E = padded_ends_reference(ends_E, CHUNK)
+        return grouped_int8_outer_reference(*columns, x_columns_IP, padded_ends_E).to(dy_RO.dtype)
+    from bitmoe_kernels.grouped_ternary_gemm.triton_codes import CHUNK_TILE, grouped_transpose_codes
+    from bitmoe_kernels.grouped_ternary_gemm.triton_row_tiles import row_tiles
+    from bitmoe_kernels.ternary_gemm.triton_int8_grad import int8_outer, quantize_columns
+
+    num_columns = padded_rows(num_rows, num_experts, CHUNK)
+    tiles = row_tiles(ends_E, num_columns, CHUNK, padding=CHUNK)
+    dy_columns_OP, x_columns_IP = (x_codes_RI.new_empty(x.shape[1], num_columns) for x in (dy_RO, x_codes_RI))
+    scale_CO = x_scale_R1.new_empty(num_columns // CHUNK, dy_RO.shape[1])
+    quantize_columns(rows_contiguous(dy_RO), x_scale_R1, dy_columns_OP, scale_CO, tiles, source_R)
+    grouped_transpose_codes(x_codes_RI, tiles, x_columns_IP, tile=CHUNK_TILE)
+    dw_EOI = dy_RO.new_empty(num_experts, dy_RO.shape[1], x_codes_RI.shape[1])
+    int8_outer(dy_columns_OP, scale_CO, x_columns_IP, tiles.padded_ends_E, dw_EOI)
+    return dw_EOI

@@ -7,7 +7,12 @@ dense reference of ``ternary_gemm``. Arguments are not validated here.
 import torch
 
 from bitmoe_kernels.ternary_gemm.reference import (
+    CHUNK,
+    INT8_STEP,
+    MIN_ABSMAX,
     float8_matmul_reference,
+    int8_outer_reference,
+    quantize_columns_reference,
     quantize_grad_reference,
     scaled_code_matmul_reference,
     shifted_columns_reference,
@@ -61,19 +66,19 @@ def grouped_outer_reference(x_RK: torch.Tensor, y_RN: torch.Tensor, ends_E: torc
     return out_EKN
 
 
-def padded_rows(num_rows: int, num_experts: int) -> int:
+def padded_rows(num_rows: int, num_experts: int, padding: int = PADDING) -> int:
     """P, the length of a row of transposed codes: a bound for any number of rows per expert, known without them."""
-    return -(-num_rows // PADDING) * PADDING + PADDING * num_experts
+    return -(-num_rows // padding) * padding + padding * num_experts
 
 
-def padded_ends_reference(ends_E: torch.Tensor) -> torch.Tensor:
+def padded_ends_reference(ends_E: torch.Tensor, padding: int = PADDING) -> torch.Tensor:
     """README eq. 2: where each expert's padded rows end among P, int32 [E].
 
-    Each takes its rows rounded up to PADDING, and PADDING at least, as ``torch._scaled_grouped_mm`` contracts no
+    Each takes its rows rounded up to ``padding``, and as many at least, as ``torch._scaled_grouped_mm`` contracts no
     empty range.
     """
     counts_E = ends_E.diff(prepend=ends_E.new_zeros(1))
-    return ((counts_E.clamp(min=1) + PADDING - 1) // PADDING * PADDING).cumsum(0).int()
+    return ((counts_E.clamp(min=1) + padding - 1) // padding * padding).cumsum(0).int()
 
 
 def expert_slices(ends_E: torch.Tensor) -> list[slice]:
@@ -116,18 +121,20 @@ def rows_of_tokens(codes_TI: torch.Tensor, source_R: torch.Tensor) -> torch.Tens
     return codes_TI.view(torch.int8).index_select(0, source_R).view(codes_TI.dtype)
 
 
-def grouped_transpose_codes_reference(codes_RI: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
+def grouped_transpose_codes_reference(
+    codes_RI: torch.Tensor, ends_E: torch.Tensor, padding: int = PADDING
+) -> torch.Tensor:
     """Transposed codes [I, P], each expert's rows from its padded start on, zeros elsewhere."""
-    columns_IP = codes_RI.new_zeros(codes_RI.shape[1], padded_rows(len(codes_RI), len(ends_E)))
-    for rows, columns in _placed(ends_E):
+    columns_IP = codes_RI.new_zeros(codes_RI.shape[1], padded_rows(len(codes_RI), len(ends_E), padding))
+    for rows, columns in _placed(ends_E, padding):
         columns_IP[:, columns] = codes_RI[rows].T
     return columns_IP
 
 
-def _placed(ends_E: torch.Tensor) -> list[tuple[slice, slice]]:
+def _placed(ends_E: torch.Tensor, padding: int = PADDING) -> list[tuple[slice, slice]]:
     """Each expert's rows and where they lie, without padding, among P."""
     placed = []
-    for rows, columns in zip(expert_slices(ends_E), expert_slices(padded_ends_reference(ends_E)), strict=True):
+    for rows, columns in zip(expert_slices(ends_E), expert_slices(padded_ends_reference(ends_E, padding)), strict=True):
         placed.append((rows, slice(columns.start, columns.start + rows.stop - rows.start)))
     return placed
 
@@ -171,5 +178,34 @@ def grouped_weight_grad_reference(
         [
             float8_matmul_reference(columns_OP[:, rows], scale_O[:, None], x_codes_IP[:, rows], one)
             for scale_O, rows in zip(column_scale_EO, expert_slices(padded_ends_E), strict=True)
+        ]
+    )
+
+
+def grouped_quantize_columns_reference(
+    dy_RO: torch.Tensor, x_scale_R1: torch.Tensor, ends_E: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """README eq. 7 for each expert: int8 [O, P] and scale [P / CHUNK, O], rows padded to CHUNK."""
+    num_columns = padded_rows(len(dy_RO), len(ends_E), CHUNK)
+    columns_OP = dy_RO.new_zeros(dy_RO.shape[1], num_columns, dtype=torch.int8)
+    scale_CO = torch.full((num_columns // CHUNK, dy_RO.shape[1]), MIN_ABSMAX, device=dy_RO.device) * INT8_STEP
+    for rows, columns in _placed(ends_E, CHUNK):
+        if rows.start < rows.stop:
+            codes_Op, scale_cO = quantize_columns_reference(dy_RO[rows], x_scale_R1[rows])
+            columns_OP[:, columns] = codes_Op[:, : rows.stop - rows.start]
+            scale_CO[columns.start // CHUNK :][: len(scale_cO)] = scale_cO
+    return columns_OP, scale_CO
+
+
+def grouped_int8_outer_reference(
+    dy_columns_OP: torch.Tensor, scale_CO: torch.Tensor, x_columns_IP: torch.Tensor, padded_ends_E: torch.Tensor
+) -> torch.Tensor:
+    """README eq. 8 for each expert: dW fp32 [E, O, I]."""
+    return torch.stack(
+        [
+            int8_outer_reference(
+                dy_columns_OP[:, rows], scale_CO[rows.start // CHUNK : rows.stop // CHUNK], x_columns_IP[:, rows]
+            )
+            for rows in expert_slices(padded_ends_E)
         ]
     )

@@ -13,9 +13,13 @@ import triton
 import triton.language as tl
 
 from bitmoe_kernels.grouped_ternary_gemm.triton_row_tiles import RowTiles
+from bitmoe_kernels.ternary_gemm.reference import CHUNK
 from bitmoe_kernels.ternary_gemm.triton_columns import COLUMN_TILE, words_of, write_columns
 
 # Shapes: R = rows sorted by expert, E = experts, D = features, P = padded rows.
+
+CHUNK_TILE = {"BLOCK_ROWS": CHUNK, "BLOCK_WORDS": 32, "num_warps": 8}
+"""For columns that are contracted by chunks."""
 
 
 @triton.jit
@@ -69,17 +73,18 @@ def grouped_transpose_codes(
     power_R1: torch.Tensor | None = None,
     largest_E: torch.Tensor | None = None,
     source_R: torch.Tensor | None = None,
+    tile: dict = COLUMN_TILE,
 ) -> None:
     """Write int8 codes, or the bytes of e4m3 ones, transposed, each expert's rows at its padded start.
 
-    ``tiles`` are of COLUMN_TILE's rows and cover the padding. With powers, codes are integers in e4m3 and are shifted.
-    With ``source_R`` (int32) row r's codes are those at ``source_R[r]``.
+    ``tiles`` are of the rows of ``tile`` and cover the padding. With powers, codes are integers in e4m3 and are
+    shifted. With ``source_R`` (int32) row r's codes are those at ``source_R[r]``.
     """
     num_features, num_columns = columns_DP.shape
     if not num_features:
         return
     words_RW, max_tiles = words_of(codes_RD), tiles.table_4S.shape[1]
-    _grouped_transpose_codes_kernel[(triton.cdiv(num_features, 4 * COLUMN_TILE["BLOCK_WORDS"]), max_tiles)](
+    _grouped_transpose_codes_kernel[(triton.cdiv(num_features, 4 * tile["BLOCK_WORDS"]), max_tiles)](
         words_RW,
         source_R,
         power_R1,
@@ -91,5 +96,5 @@ def grouped_transpose_codes(
         words_RW.shape[1],
         num_columns // 4,
         words_RW.stride(0),
-        **COLUMN_TILE,
+        **tile,
     )

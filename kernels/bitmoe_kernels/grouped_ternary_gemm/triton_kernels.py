@@ -22,21 +22,13 @@ from bitmoe_kernels.ternary_gemm.triton_tiles import (
     WIDE_TILE,
     num_programs,
     operand_tiles,
+    place_in_strip,
     product_tile,
     result_tiles,
 )
 
 # Shapes: R = rows sorted by expert, E = experts, K = contracted, N = columns of a product, C = chunks of k; I = inputs,
 #         O = outputs, P = padded rows.
-
-
-@triton.jit
-def _place_in_strip(tile, tiles_m, tiles_n, TILES_PER_STRIP: tl.constexpr):
-    """Tile's m and n: strips of a few tiles of m, so that a wave of programs shares its operands in L2."""
-    strip = tile // (TILES_PER_STRIP * tiles_n)
-    strip_size = min(tiles_m - strip * TILES_PER_STRIP, TILES_PER_STRIP)
-    in_strip = tile % (TILES_PER_STRIP * tiles_n)
-    return strip * TILES_PER_STRIP + in_strip % strip_size, in_strip // strip_size
 
 
 @triton.jit
@@ -130,7 +122,7 @@ def _grouped_matmul_kernel(
     tiles_n = tl.cdiv(N, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=ONE_CHUNK):
-        slot, tile_n = _place_in_strip(tile, tiles_m, tiles_n, TILES_PER_STRIP)
+        slot, tile_n = place_in_strip(tile, tiles_m, tiles_n, TILES_PER_STRIP)
         expert = tl.load(table_ptr + slot)
         first_row = tl.load(table_ptr + max_tiles + slot)
         end_row = tl.load(table_ptr + 2 * max_tiles + slot)
@@ -240,7 +232,7 @@ def _grouped_outer_kernel(
     tiles_n = tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), num_experts * tiles_m * tiles_n, tl.num_programs(0)):
         expert = tile // (tiles_m * tiles_n)
-        tile_m, tile_n = _place_in_strip(tile % (tiles_m * tiles_n), tiles_m, tiles_n, TILES_PER_STRIP)
+        tile_m, tile_n = place_in_strip(tile % (tiles_m * tiles_n), tiles_m, tiles_n, TILES_PER_STRIP)
         start = tl.multiple_of(tl.load(padded_ends_ptr + expert - 1, mask=expert > 0, other=0), PADDING)
         K = tl.multiple_of(tl.load(padded_ends_ptr + expert) - start, PADDING)
         offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -254,16 +246,11 @@ def _grouped_outer_kernel(
         # Rows past the end are zeros and are not stored.
         sums *= tl.load(a_scale_ptr + expert * M + offs_m, mask=offs_m < M, other=0.0)[:, None]
         result = sums.to(out_ptr.dtype.element_ty)
-        out_ptrs = out_ptr + (expert.to(tl.int64) * M + offs_m)[:, None] * N + offs_n[None, :]
-        mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
         if out_tiles is None:
-            tl.store(out_ptrs, result, mask=mask)
+            out_ptrs = out_ptr + (expert.to(tl.int64) * M + offs_m)[:, None] * N + offs_n[None, :]
+            tl.store(out_ptrs, result, mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
         else:
-            # Not past an expert's outputs: the next one's are there.
-            if (tile_m + 1) * BLOCK_M <= M:
-                out_tiles.store([expert * M + tile_m * BLOCK_M, tile_n * BLOCK_N], result)
-            else:
-                tl.store(out_ptrs, result, mask=mask)
+            out_tiles.store([expert * M + tile_m * BLOCK_M, tile_n * BLOCK_N], result)
 
 
 def grouped_outer(
@@ -285,7 +272,7 @@ def grouped_outer(
         return
     _grouped_outer_kernel[(num_programs(num_tiles, tile, a_OP.device),)](
         *operand_tiles(a_OP, b_IP, tile, a_OP.shape[1]),
-        result_tiles(out_EOI.flatten(0, 1), tile),
+        result_tiles(out_EOI, tile),
         a_scale_EO,
         out_EOI,
         padded_ends_E,

@@ -66,8 +66,8 @@ def _row_tiles_kernel(
     tl.store(table_ptr + 3 * max_tiles + slots, column, mask=mask)
 
 
-def row_tiles(ends_E: torch.Tensor, max_rows: int, block: int, *, cover_padding: bool = False) -> RowTiles:
-    """List tiles of ``block`` rows, of the experts' rows or (``cover_padding``) of their padded rows among P.
+def row_tiles(ends_E: torch.Tensor, max_rows: int, block: int, *, padding: int | None = None) -> RowTiles:
+    """List tiles of ``block`` rows, of the experts' rows or of their rows among P, padded to a multiple of ``padding``.
 
     ``max_rows`` is R or P. An expert has at most one tile that is not full, hence the bound on their number.
     """
@@ -80,8 +80,8 @@ def row_tiles(ends_E: torch.Tensor, max_rows: int, block: int, *, cover_padding:
         *tiles,
         num_experts,
         max_tiles,
-        COVER_PADDING=cover_padding,
-        PADDING=PADDING,
+        COVER_PADDING=padding is not None,
+        PADDING=padding or PADDING,
         BLOCK=block,
         EXPERTS=triton.next_power_of_2(num_experts),
         SLOTS=SLOTS_PER_PROGRAM,

@@ -5,7 +5,8 @@ tokens, where no scale may stand between: the token's scale times that of its ac
 the e4m3 codes of the activations (INT4, FP4) take up without rounding. So one rounding serves both products, and what
 the second one needs by column is a transposed copy of bytes.
 
-For INT8 codes, which fill their 8 bits, the weight gradient is a product in the model's dtype, made by the caller.
+INT8 codes fill their 8 bits. For their weight gradient dY, times the token scales, is rounded once more, to INT8 with a
+scale for each output and CHUNK tokens: :func:`int8_weight_grad`.
 The users are plain functions; the autograd function belongs to the layer that owns the linear.
 
 FP8 sums are kept in the tensor cores (``fast_accum``), where they have about 14 significant bits. Simulated over 8192
@@ -16,12 +17,15 @@ from typing import NamedTuple
 
 import torch
 
-from bitmoe_kernels.dispatch import runs_triton_by_row
+from bitmoe_kernels.dispatch import runs_triton, runs_triton_by_row
 from bitmoe_kernels.ternary_gemm.float8_matmul import float8_matmul
-from bitmoe_kernels.ternary_gemm.op import check_codes, transpose_codes
+from bitmoe_kernels.ternary_gemm.op import check_codes, rows_contiguous, transpose_codes
 from bitmoe_kernels.ternary_gemm.reference import (
+    CHUNK,
     LARGEST_SHIFT,
+    int8_outer_reference,
     padded_length,
+    quantize_columns_reference,
     quantize_grad_reference,
     shifted_columns_reference,
 )
@@ -149,3 +153,45 @@ def weight_grad(
     scale_O1 = (scale_1 if w_scale_O is None else scale_1 / w_scale_O).expand(num_outputs).unsqueeze(1)
     one = grad.scale_T1.new_ones(1)
     return float8_matmul(transpose_codes(grad.codes_TO), scale_O1, x_columns_IP, one, fast_accum=fast_accum)
+
+
+@torch.no_grad()
+def int8_weight_grad(dy_TO: torch.Tensor, x_codes_TI: torch.Tensor, x_scale_T1: torch.Tensor) -> torch.Tensor:
+    """Gradient of a linear's weight: dW = dY^T @ X with exact INT8 activation codes (README eq. 7 and 8).
+
+    Args:
+        dy_TO: [T, O], bf16, fp16, fp32 or fp64; not rounded yet.
+        x_codes_TI: activation codes, int8 [T, I].
+        x_scale_T1: their scales [T, 1].
+
+    Returns:
+        [O, I] in the dtype of ``dy_TO``; NaN for an output whose gradient is not finite somewhere.
+
+    Raises:
+        TypeError: ``dy_TO`` not floating point, or codes that are not int8.
+        ValueError: shapes that do not fit.
+    """
+    _check_grad(dy_TO, None, x_scale_T1)
+    check_int8_codes(x_codes_TI, len(dy_TO))
+    (num_tokens, num_outputs), num_inputs = dy_TO.shape, x_codes_TI.shape[1]
+    if not num_tokens:
+        return dy_TO.new_zeros(num_outputs, num_inputs)
+    x_columns_IP = transpose_codes(x_codes_TI)
+    if not runs_triton(dy_TO):
+        return int8_outer_reference(*quantize_columns_reference(dy_TO, x_scale_T1), x_columns_IP).to(dy_TO.dtype)
+    from bitmoe_kernels.ternary_gemm import triton_int8_grad
+
+    dy_columns_OP = x_codes_TI.new_empty(num_outputs, x_columns_IP.shape[1])
+    scale_CO = x_scale_T1.new_empty(-(-num_tokens // CHUNK), num_outputs)
+    triton_int8_grad.quantize_columns(rows_contiguous(dy_TO), x_scale_T1, dy_columns_OP, scale_CO)
+    dw_1OI = dy_TO.new_empty(1, num_outputs, num_inputs)
+    triton_int8_grad.int8_outer(dy_columns_OP, scale_CO, x_columns_IP, None, dw_1OI)
+    return dw_1OI[0]
+
+
+def check_int8_codes(x_codes_RI: torch.Tensor, num_rows: int) -> None:
+    """Raise unless these are int8 [R, I]."""
+    if x_codes_RI.dtype != torch.int8:
+        raise TypeError(f"x_codes must be int8, got {x_codes_RI.dtype}")
+    if x_codes_RI.dim() != 2 or len(x_codes_RI) != num_rows:
+        raise ValueError(f"x_codes of shape {list(x_codes_RI.shape)} must be [{num_rows}, I]")

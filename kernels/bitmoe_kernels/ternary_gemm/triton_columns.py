@@ -66,7 +66,9 @@ def write_columns(
     for i in tl.static_range(4):
         features = (4 * words + i)[:, None]
         ptrs = columns_ptr + features.to(tl.int64) * num_column_words + offs_p
-        tl.store(ptrs, tl.trans(transposed[i]), mask=(features < num_features) & mask_p)
+        mask = (features < num_features) & mask_p
+        # What other rows read again (codes of tokens) is not to make room for it in L2.
+        tl.store(ptrs, tl.trans(transposed[i]), mask=mask, eviction_policy="evict_first")
 
 
 @triton.jit

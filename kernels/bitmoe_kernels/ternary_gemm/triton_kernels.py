@@ -12,7 +12,13 @@ import torch
 import triton
 import triton.language as tl
 
-from bitmoe_kernels.ternary_gemm.triton_tiles import TILES_PER_STRIP, num_programs, operand_tiles, product_tile
+from bitmoe_kernels.ternary_gemm.triton_tiles import (
+    TILES_PER_STRIP,
+    num_programs,
+    operand_tiles,
+    place_in_strip,
+    product_tile,
+)
 
 # Shapes: M, N = rows of the two operands, K = contracted, C = scale chunks along K.
 
@@ -53,11 +59,8 @@ def _scaled_int8_matmul_kernel(
     steps_per_chunk = tl.cdiv(chunk_size, BLOCK_K)
     offs_k = tl.arange(0, BLOCK_K)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=ONE_CHUNK):
-        strip = tile // (TILES_PER_STRIP * tiles_n)
-        strip_size = min(tiles_m - strip * TILES_PER_STRIP, TILES_PER_STRIP)
-        in_strip = tile % (TILES_PER_STRIP * tiles_n)
-        first_m = (strip * TILES_PER_STRIP + in_strip % strip_size) * BLOCK_M
-        first_n = (in_strip // strip_size) * BLOCK_N
+        tile_m, tile_n = place_in_strip(tile, tiles_m, tiles_n, TILES_PER_STRIP)
+        first_m, first_n = tile_m * BLOCK_M, tile_n * BLOCK_N
         offs_m = first_m + tl.arange(0, BLOCK_M)
         offs_n = first_n + tl.arange(0, BLOCK_N)
         # Rows past the end read row 0 and are not stored: no mask in the main loop for them.

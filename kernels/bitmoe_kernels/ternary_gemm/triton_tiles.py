@@ -6,6 +6,7 @@ writes its tile; two programs of 4 do that in turns, for a third more reads of o
 
 import torch
 import triton
+import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 # Shapes: M, N = rows of the two operands, K = contracted.
@@ -69,10 +70,17 @@ def operand_tiles(
     )
 
 
-def result_tiles(out_MN: torch.Tensor, tile: dict) -> TensorDescriptor | None:
-    """The same to write results: they leave while the next tile is multiplied (1,187 -> 1,226 FP8 TFLOP/s in the weight
-    gradient of 64 experts). They take the memory of a load in flight: no pairs."""
-    return TensorDescriptor.from_tensor(out_MN, [tile["BLOCK_M"], tile["BLOCK_N"]]) if _is_aligned(out_MN) else None
+def result_tiles(out_EMN: torch.Tensor, tile: dict) -> TensorDescriptor | None:
+    """The same to write the results of several products, whose tiles may not reach past their own.
+
+    They leave while the next tile is multiplied (1,187 -> 1,226 FP8 TFLOP/s in the weight gradient of 64 experts), and
+    take the memory of a load in flight: no pairs, no fp32 results.
+    """
+    is_whole = len(out_EMN) == 1 or out_EMN.shape[1] % tile["BLOCK_M"] == 0
+    out_RN = out_EMN.flatten(0, 1)
+    if not is_whole or out_RN.itemsize != 2 or not _is_aligned(out_RN):
+        return None
+    return TensorDescriptor.from_tensor(out_RN, [tile["BLOCK_M"], tile["BLOCK_N"]])
 
 
 def _reads_tiles(a_MK: torch.Tensor, b_NK: torch.Tensor, chunk_size: int, block_k: int = 128) -> bool:
@@ -92,3 +100,12 @@ def num_programs(num_tiles: int, tile: dict, device: torch.device) -> int:
 def _num_processors(device: torch.device) -> int:
     """Streaming multiprocessors; 2 stand for them in Triton's interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+@triton.jit
+def place_in_strip(tile, tiles_m, tiles_n, TILES_PER_STRIP: tl.constexpr):
+    """Tile's m and n: strips of a few tiles of m, so that a wave of programs shares its operands in L2."""
+    strip = tile // (TILES_PER_STRIP * tiles_n)
+    strip_size = min(tiles_m - strip * TILES_PER_STRIP, TILES_PER_STRIP)
+    in_strip = tile % (TILES_PER_STRIP * tiles_n)
+    return strip * TILES_PER_STRIP + in_strip % strip_size, in_strip // strip_size
