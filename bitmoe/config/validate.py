@@ -153,8 +153,10 @@ def _recipe(config: Config) -> Iterator[InputError]:
 def _recompute(config: Config) -> Iterator[InputError]:
     if config.run.recompute is not Recompute.ffn:
         return
-    parallel, groups = config.parallel, config.quant.groups
-    ranks = max(parallel.tensor, parallel.expert_tensor if config.moe.num_experts else 1)
+    parallel, moe, groups = config.parallel, config.moe, config.quant.groups
+    # Experts are cut over ranks of their own; without a shared one no other feed-forward is there.
+    has_dense = not moe.num_experts or moe.shared_expert_size > 0
+    ranks = max(parallel.tensor if has_dense else 1, parallel.expert_tensor if moe.num_experts else 1)
     if config.quant.weights is not WeightFormat.ternary:
         what = f"ffn with quant.weights={config.quant.weights.name}: gate and up are multiplied again from codes"
         yield InputError(what, fix="none, selective or full", key="run.recompute")

@@ -187,6 +187,7 @@ def test_validate_accepts_the_default_run():
         (["quant.backward=8bit"], 2),
         (["parallel=ep2"], 2),
         (["run.recompute=ffn"], 2),
+        (["run.recompute=ffn", "parallel=tp2", "quant.groups=1", "moe.shared_expert_size=0"], 2),
         (["parallel=single", "parallel.expert_tensor=2"], 2),
         (["parallel=pp2", "parallel.expert=2", "run.global_batch_size=16"], 4),
         (["moe.score=sigmoid", "moe.expert_bias=true"], 2),

@@ -62,7 +62,7 @@ def test_rows(done):
         assert len(row["losses"]) == 3
         data = row["world"] if row["layout"] != "TP2" else 1
         assert row["tokens"] == data * SEQ * MICRO_BATCH
-        assert row["tokens_per_s"] == pytest.approx(row["tokens"] / row["step_ms"] * 1e3, rel=1e-3)
+        assert row["tokens_per_s"] == pytest.approx(row["tokens"] / row["step_ms"] * 1e3, rel=1e-3, abs=0.1)
         assert row["tokens_per_s_gpu"] == pytest.approx(row["tokens_per_s"] / row["world"], rel=1e-3, abs=0.1)
 
 

@@ -218,14 +218,11 @@ def round_to_int8(ratio):
 
 
 @triton.jit
-def row_codes(x, scale, FORMAT: tl.constexpr):
-    """Codes int8 of rows [BR, BF] under their own scales [BR]; 0 where the scale is NaN."""
-    return tl.where((scale == scale)[:, None], finite_row_codes(x, scale, FORMAT, False), 0)
-
-
-@triton.jit
 def finite_row_codes(x, scale, FORMAT: tl.constexpr, IS_FLOAT8: tl.constexpr):
-    """The same where no scale is NaN, else without meaning; if ``IS_FLOAT8``, the bytes of e4m3 codes."""
+    """Codes int8 of rows [BR, BF] under their own scales [BR], or (``IS_FLOAT8``) the bytes of e4m3 codes.
+
+    Without meaning where the scale is NaN.
+    """
     ratio = to_float32(x) * _reciprocal(scale)[:, None]
     if FORMAT == "fp4":
         # Spacing of twice the E2M1 grid: 1 below 4, 2 below 8, then 4. Rounding to it, as to 1 below.

@@ -26,6 +26,7 @@ from bitmoe_kernels.relu2_glu.triton_kernels import (
     piece_tile,
     round_to,
     rounded,
+    store_codes,
     store_piece,
 )
 from bitmoe_kernels.ternary_gemm.triton_grad import e4m3_bytes, power_scale
@@ -261,11 +262,12 @@ def _relu2_glu_bwd_kernel(
                 tl.store(scale_ptr + tokens, scale)
                 tl.store(power_ptr + tokens, power)
                 tl.atomic_max(largest_ptr + expert, tl.max(power, axis=0), sem="relaxed")
+                is_finite = reciprocal > 0
                 for piece in tl.static_range(NUM_PIECES):
                     dgate = _codes(pairs[piece] << 16, w_gate, reciprocal)
                     dup = _codes(pairs[piece], w_up, reciprocal)
-                    _store_codes(out_ptr + offs_gate, dgate, reciprocal, piece, NUM_FEATURES, BLOCK_FEATURES)
-                    _store_codes(out_ptr + offs_gate + SIZE, dup, reciprocal, piece, NUM_FEATURES, BLOCK_FEATURES)
+                    store_codes(out_ptr + offs_gate, dgate, is_finite, piece, NUM_FEATURES, BLOCK_FEATURES)
+                    store_codes(out_ptr + offs_gate + SIZE, dup, is_finite, piece, NUM_FEATURES, BLOCK_FEATURES)
         if HAS_NORM:
             slot = tl.program_id(0) + expert
             partial_ptrs = partial_ptr + slot * SIZE + offs_group + tl.zeros([1, 1], tl.int32)
@@ -306,18 +308,6 @@ def _magnitude(bits):
 def _codes(bits, w_scale, reciprocal):
     """Bytes of e4m3 codes of bf16 numbers in the high halves of ``bits``, if these are finite."""
     return e4m3_bytes((bits & -65536).to(tl.float32, bitcast=True) * w_scale * reciprocal[:, None])
-
-
-@triton.jit
-def _store_codes(
-    row_ptrs, codes, reciprocal, piece: tl.constexpr, NUM_FEATURES: tl.constexpr, BLOCK_FEATURES: tl.constexpr
-):
-    """``store_piece`` of codes, and of 0 in rows whose reciprocal is 0."""
-    features = piece * BLOCK_FEATURES + tl.arange(0, BLOCK_FEATURES)[None, :]
-    mask, is_finite = features < NUM_FEATURES, reciprocal[:, None] > 0
-    # A choice for each code would take 4 packed ones apart.
-    tl.store(row_ptrs + features, codes, mask=mask & is_finite)
-    tl.store(row_ptrs + features, tl.zeros_like(codes), mask=mask & ~is_finite)
 
 
 @triton.jit

@@ -18,9 +18,9 @@ import triton.language as tl
 from bitmoe_kernels.act_quant.triton_kernels import (
     FORMAT_LEVELS,
     IS_INTERPRETED,
+    finite_row_codes,
     neighbour_square_sums,
     neighbour_sums,
-    row_codes,
     row_means,
     row_scales,
     scales_of,
@@ -153,8 +153,8 @@ def _relu2_glu_fwd_kernel(
         tl.store(scale_ptr + rows, scale * tl.load(weight_ptr + tokens).to(tl.float32))
     codes_ptrs = codes_ptr + (rows * NUM_FEATURES)[:, None]
     for piece in tl.static_range(NUM_PIECES):
-        codes = row_codes(tiles[piece], scale, FORMAT)
-        store_piece(codes_ptrs, codes, piece, NUM_FEATURES, BLOCK_FEATURES)
+        codes = finite_row_codes(tiles[piece], scale, FORMAT, False)
+        store_codes(codes_ptrs, codes, scale == scale, piece, NUM_FEATURES, BLOCK_FEATURES)
 
 
 @triton.jit
@@ -193,6 +193,18 @@ def store_piece(row_ptrs, x, piece: tl.constexpr, NUM_FEATURES: tl.constexpr, BL
         tl.store(row_ptrs + features, x)
     else:
         tl.store(row_ptrs + features, x, mask=features < NUM_FEATURES)
+
+
+@triton.jit
+def store_codes(
+    row_ptrs, codes, is_finite, piece: tl.constexpr, NUM_FEATURES: tl.constexpr, BLOCK_FEATURES: tl.constexpr
+):
+    """The same of codes [BR, P], and of 0 in rows that are not finite, bool [BR]."""
+    features = piece * BLOCK_FEATURES + tl.arange(0, BLOCK_FEATURES)[None, :]
+    mask, is_finite = features < NUM_FEATURES, is_finite[:, None]
+    # A choice for each code would take four packed ones apart.
+    tl.store(row_ptrs + features, codes, mask=mask & is_finite)
+    tl.store(row_ptrs + features, tl.zeros_like(codes), mask=mask & ~is_finite)
 
 
 @triton.jit
