@@ -24,7 +24,9 @@ def bench(monkeypatch):
 def small_inputs(bench, num_tokens=64):
     linears, shapes = bench("linears"), bench("shapes")
     small = shapes.linear_shapes(shapes.DenseLayer(64, 128))
-    return {name: linears.make_inputs(name, num_tokens, "cpu", shapes=small) for name in small}
+    # torchao's kernels and FP8 by row are for GPUs, where there is one.
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return {name: linears.make_inputs(name, num_tokens, device, shapes=small) for name in small}
 
 
 def test_shapes_are_those_of_the_presets(bench):
