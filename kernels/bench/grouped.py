@@ -201,11 +201,12 @@ def print_tables(layer: MoELayer, tables: dict[str, dict[str, float]]) -> None:
 
 def sweep_tiles() -> None:
     """Rates of the Triton kernels by tile, for the down linear: products of rows, and e4m3 ones of columns."""
-    from bitmoe_kernels.grouped_ternary_gemm import triton_kernels
+    from bitmoe_kernels.grouped_ternary_gemm.triton_kernels import grouped_matmul
+    from bitmoe_kernels.ternary_gemm.triton_outer import outer
 
-    # m, n, k, warps, stages, programs on one processor.
-    tiles = [(128, 256, 128, 8, 3, 1), (128, 256, 128, 8, 4, 1), (256, 128, 128, 8, 3, 1), (128, 128, 128, 8, 4, 1)]
-    tiles += [(128, 128, 128, 4, 3, 2), (64, 128, 128, 4, 3, 2), (64, 256, 128, 4, 3, 1), (64, 128, 128, 4, 4, 2)]
+    # m, n, k, warps, stages.
+    tiles = [(128, 256, 128, 8, 3), (128, 256, 128, 8, 4), (256, 128, 128, 8, 3), (128, 128, 128, 8, 4)]
+    tiles += [(128, 128, 128, 4, 3), (64, 128, 128, 4, 3), (64, 256, 128, 4, 3), (64, 128, 128, 4, 4)]
     for layer in MOE_LAYERS:
         title, (plan, linears) = layer.title, make_inputs(layer)
         x_RI, w_EOI, dy_RO = linears["down"]
@@ -221,14 +222,14 @@ def sweep_tiles() -> None:
         columns = (dy_columns, ones, x_columns, padded_ends_reference(plan.ends_E), dw_EOI)
         for dtype in (torch.int8, FLOAT8):
             rows = (x_codes.to(dtype), x_scale, w_codes.to(dtype), w_scale_EO1, plan.ends_E, x_RI.shape[1], y_RO)
-            products = {"rows": (triton_kernels.grouped_matmul, rows)}
+            products = {"rows": (grouped_matmul, rows)}
             if dtype == FLOAT8:
-                products["columns"] = (triton_kernels.grouped_outer, columns)
+                products["columns"] = (outer, columns)
             for (what, (product, args)), shape in itertools.product(products.items(), tiles):
-                tile = dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages"), shape[:5], strict=True))
+                tile = dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages"), shape, strict=True))
 
-                def run(mark: Mark, product=product, args=args, tile=tile, per_processor=shape[5]) -> None:
-                    product(*args, tile, per_processor)
+                def run(mark: Mark, product=product, args=args, tile=tile) -> None:
+                    product(*args, tile)
                     mark("product")
 
                 try:

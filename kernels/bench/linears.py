@@ -209,26 +209,27 @@ def sweep_tiles() -> None:
     """Rates of the INT8 kernel by tile: down's forward, with one scale a row and with one for each 512 k."""
     from bitmoe_kernels.ternary_gemm import triton_kernels
 
-    tiles = [(128, 256, 128, 8, 4, 1), (128, 256, 128, 8, 3, 1), (256, 128, 128, 8, 4, 1), (128, 128, 128, 8, 4, 1)]
-    tiles += [(128, 128, 128, 4, 3, 2), (128, 128, 128, 8, 3, 2), (128, 256, 64, 8, 6, 1), (64, 128, 128, 4, 3, 3)]
+    # m, n, k, warps, stages.
+    tiles = [(128, 256, 128, 8, 4), (128, 256, 128, 8, 3), (256, 128, 128, 8, 4), (128, 128, 128, 8, 4)]
+    tiles += [(128, 128, 128, 4, 3), (128, 256, 64, 8, 6), (64, 128, 128, 4, 3)]
     a, b = (torch.randint(-128, 128, (3, rows, FFN), dtype=torch.int8, device="cuda") for rows in (NUM_TOKENS, HIDDEN))
     out = torch.empty(NUM_TOKENS, HIDDEN, dtype=torch.bfloat16, device="cuda")
     for chunk_size in (FFN, 512):
         scale = torch.ones(NUM_TOKENS, -(-FFN // chunk_size), device="cuda")
         one = torch.ones(1, 1, device="cuda").expand(HIDDEN, scale.shape[1])
-        for m, n, k, warps, stages, per_processor in tiles:
+        for m, n, k, warps, stages in tiles:
             tile = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
 
-            def run(mark: Mark, chunk_size=chunk_size, scale=scale, one=one, tile=tile, per=per_processor) -> None:
+            def run(mark: Mark, chunk_size=chunk_size, scale=scale, one=one, tile=tile) -> None:
                 for a_MK, b_NK in zip(a, b, strict=True):
-                    triton_kernels.scaled_int8_matmul(a_MK, scale, b_NK, one, chunk_size, out, tile, per)
+                    triton_kernels.scaled_int8_matmul(a_MK, scale, b_NK, one, chunk_size, out, tile)
                 mark("products")
 
             try:
                 elapsed_ms = time_stages(run)["products"]
-                print(chunk_size, tile, per_processor, f"{6e-9 * NUM_TOKENS * HIDDEN * FFN / elapsed_ms:.0f} TOPS")
+                print(chunk_size, tile, f"{6e-9 * NUM_TOKENS * HIDDEN * FFN / elapsed_ms:.0f} TOPS")
             except Exception as error:  # noqa: BLE001
-                print(chunk_size, tile, per_processor, f"does not run: {type(error).__name__}: {error}"[:200])
+                print(chunk_size, tile, f"does not run: {type(error).__name__}: {error}"[:200])
 
 
 def whole_pass(one_pass: Callable, inputs: dict) -> Callable[[], None]:

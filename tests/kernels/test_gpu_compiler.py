@@ -64,12 +64,13 @@ def products(hidden, ffn, groups, heads, dtype):
     from bitmoe_kernels.act_pack.triton_kernels import pack_codes_triton, unpack_codes_triton
     from bitmoe_kernels.grouped_ternary_gemm.reference import padded_rows
     from bitmoe_kernels.grouped_ternary_gemm.triton_codes import grouped_transpose_codes
-    from bitmoe_kernels.grouped_ternary_gemm.triton_kernels import grouped_matmul, grouped_outer
+    from bitmoe_kernels.grouped_ternary_gemm.triton_kernels import grouped_matmul
     from bitmoe_kernels.grouped_ternary_gemm.triton_row_tiles import row_tiles
     from bitmoe_kernels.ternary_gemm.triton_columns import transpose_codes
     from bitmoe_kernels.ternary_gemm.triton_grad import quantize_grad
-    from bitmoe_kernels.ternary_gemm.triton_int8_grad import int8_outer, quantize_columns
+    from bitmoe_kernels.ternary_gemm.triton_grad_columns import quantize_columns
     from bitmoe_kernels.ternary_gemm.triton_kernels import scaled_int8_matmul
+    from bitmoe_kernels.ternary_gemm.triton_outer import outer
 
     x, w = torch.ones(TOKENS, ffn, dtype=torch.int8), torch.ones(NUM_EXPERTS, hidden, ffn, dtype=torch.int8)
     x_scale, w_scale = torch.ones(TOKENS, groups), torch.ones(NUM_EXPERTS, hidden, groups)
@@ -82,12 +83,12 @@ def products(hidden, ffn, groups, heads, dtype):
     num_columns = padded_rows(TOKENS, NUM_EXPERTS)
     columns = torch.ones(ffn, num_columns, dtype=torch.int8).view(FLOAT8)
     dw = torch.ones(NUM_EXPERTS, ffn, ffn, dtype=dtype)
-    grouped_outer(columns, torch.ones(NUM_EXPERTS, ffn), columns, ends, dw)
+    outer(columns, torch.ones(NUM_EXPERTS, ffn), columns, ends, dw)
     odd = ffn - 3  # rows that no descriptor describes
-    grouped_outer(columns[:odd], torch.ones(NUM_EXPERTS, odd), columns[:odd], ends, dw[:, :odd, :odd].contiguous())
+    outer(columns[:odd], torch.ones(NUM_EXPERTS, odd), columns[:odd], ends, dw[:, :odd, :odd].contiguous())
     int8_columns, chunk_scale = columns.view(torch.int8), torch.ones(num_columns // 256, ffn)
     for experts, result in ((None, dw[:1]), (ends, dw)):
-        int8_outer(int8_columns, chunk_scale, int8_columns, experts, result)
+        outer(int8_columns, chunk_scale, int8_columns, experts, result)
     tiles = row_tiles(ends, num_columns, 128, padding=128)
     for powers in ((), (one, torch.ones(NUM_EXPERTS))):
         transpose_codes(x8, columns, *powers)

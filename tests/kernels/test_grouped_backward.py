@@ -154,13 +154,13 @@ def test_transposing_kernel_has_the_references_bits(counts, dtype):
 @pytest.mark.parametrize(("inputs", "outputs"), [(64, 40), (20, 33)])
 @pytest.mark.parametrize("counts", [*COUNTS, [0, 300, 0, 5]], ids=str)
 def test_grouped_outer_adds_what_its_codes_say(counts, inputs, outputs):
-    kernels = pytest.importorskip("bitmoe_kernels.grouped_ternary_gemm.triton_kernels")
+    kernels = pytest.importorskip("bitmoe_kernels.ternary_gemm.triton_outer")
     # What follows the last expert's columns is not zero: no expert may read it.
     num_columns = padded_rows(sum(counts), 4)
     columns, x = (codes(size, num_columns, low=-8, high=7).to(FLOAT8) for size in (outputs, inputs))
     args = columns, random(4, outputs).abs(), x, padded_ends_reference(ends(counts))
     dw = poisoned(4, outputs, inputs, dtype=torch.float32)
-    kernels.grouped_outer(*args, dw, tile=TILE)
+    kernels.outer(*args, dw, tile=TILE)
     assert torch.equal(dw.bfloat16(), grouped_weight_grad_reference(*args))
 
 

@@ -66,7 +66,7 @@ def make_dy(num_rows: int, outputs: int, dtype: torch.dtype) -> torch.Tensor:
 @pytest.mark.parametrize("outputs", [70, 128])
 @pytest.mark.parametrize("tokens", [1, 15, 256, 300, 600])
 def test_columns_have_the_references_bits(tokens, outputs, dtype):
-    kernels = pytest.importorskip("bitmoe_kernels.ternary_gemm.triton_int8_grad")
+    kernels = pytest.importorskip("bitmoe_kernels.ternary_gemm.triton_grad_columns")
     dy, x_scale = make_dy(tokens, outputs, dtype), random(tokens, 1, seed=6).abs()
     columns, scale = quantize_columns_reference(dy, x_scale)
     found_columns, found_scale = poisoned(*columns.shape, dtype=torch.int8), poisoned(*scale.shape, dtype=scale.dtype)
@@ -80,7 +80,7 @@ def test_columns_have_the_references_bits(tokens, outputs, dtype):
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
 def test_columns_of_experts_have_the_references_bits(counts):
     """Of rows, and of rows that have the gradient of a token."""
-    kernels = pytest.importorskip("bitmoe_kernels.ternary_gemm.triton_int8_grad")
+    kernels = pytest.importorskip("bitmoe_kernels.ternary_gemm.triton_grad_columns")
     from bitmoe_kernels.grouped_ternary_gemm.triton_row_tiles import row_tiles
 
     # Two rows past the last expert's, which nobody may read.
@@ -105,10 +105,10 @@ def test_columns_of_experts_have_the_references_bits(counts):
 @pytest.mark.parametrize(("inputs", "outputs"), [(64, 128), (20, 33), (136, 140)])
 @pytest.mark.parametrize("tokens", [16, 256, 528])
 def test_outer_adds_what_its_codes_say(tokens, inputs, outputs, dtype):
-    kernels = pytest.importorskip("bitmoe_kernels.ternary_gemm.triton_int8_grad")
+    kernels = pytest.importorskip("bitmoe_kernels.ternary_gemm.triton_outer")
     dy, x, scale = codes(outputs, tokens), codes(inputs, tokens), random(-(-tokens // CHUNK), outputs).abs()
     dw = poisoned(1, outputs, inputs, dtype=dtype)
-    kernels.int8_outer(dy, scale, x, None, dw)
+    kernels.outer(dy, scale, x, None, dw)
     assert relative_error(dw[0], int8_outer_reference(dy, scale, x).double()) < RESULT_ERROR[dtype]
 
 
@@ -116,13 +116,13 @@ def test_outer_adds_what_its_codes_say(tokens, inputs, outputs, dtype):
 @pytest.mark.parametrize(("inputs", "outputs"), [(64, 128), (20, 33)])
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
 def test_outer_adds_each_experts_rows(counts, inputs, outputs, dtype):
-    kernels = pytest.importorskip("bitmoe_kernels.ternary_gemm.triton_int8_grad")
+    kernels = pytest.importorskip("bitmoe_kernels.ternary_gemm.triton_outer")
     # What follows the last expert's columns is not zero: no expert may read it.
     num_columns = padded_rows(sum(counts), len(counts), CHUNK)
     dy, x, scale = codes(outputs, num_columns), codes(inputs, num_columns), random(num_columns // CHUNK, outputs).abs()
     padded_ends_E = padded_ends_reference(ends(counts), CHUNK)
     dw = poisoned(len(counts), outputs, inputs, dtype=dtype)
-    kernels.int8_outer(dy, scale, x, padded_ends_E, dw)
+    kernels.outer(dy, scale, x, padded_ends_E, dw)
     for found, truth in zip(dw, grouped_int8_outer_reference(dy, scale, x, padded_ends_E), strict=True):
         assert relative_error(found, truth.double()) < RESULT_ERROR[dtype]
 

@@ -241,7 +241,8 @@ def grouped_int8_weight_grad(
         return grouped_int8_outer_reference(*columns, x_columns_IP, padded_ends_E).to(dy_RO.dtype)
     from bitmoe_kernels.grouped_ternary_gemm.triton_codes import CHUNK_TILE, grouped_transpose_codes
     from bitmoe_kernels.grouped_ternary_gemm.triton_row_tiles import row_tiles
-    from bitmoe_kernels.ternary_gemm.triton_int8_grad import int8_outer, quantize_columns
+    from bitmoe_kernels.ternary_gemm.triton_grad_columns import quantize_columns
+    from bitmoe_kernels.ternary_gemm.triton_outer import outer
 
     num_columns = padded_rows(num_rows, num_experts, CHUNK)
     tiles = row_tiles(ends_E, num_columns, CHUNK, padding=CHUNK)
@@ -250,5 +251,5 @@ def grouped_int8_weight_grad(
     quantize_columns(rows_contiguous(dy_RO), x_scale_R1, dy_columns_OP, scale_CO, tiles, source_R)
     grouped_transpose_codes(x_codes_RI, tiles, x_columns_IP, tile=CHUNK_TILE)
     dw_EOI = dy_RO.new_empty(num_experts, dy_RO.shape[1], x_codes_RI.shape[1])
-    int8_outer(dy_columns_OP, scale_CO, x_columns_IP, tiles.padded_ends_E, dw_EOI)
+    outer(dy_columns_OP, scale_CO, x_columns_IP, tiles.padded_ends_E, dw_EOI)
     return dw_EOI

@@ -107,8 +107,8 @@ def grouped_float8_outer(
             out_dtype=torch.bfloat16,
             use_fast_accum=fast_accum,
         )
-    from bitmoe_kernels.grouped_ternary_gemm import triton_kernels
+    from bitmoe_kernels.ternary_gemm.triton_outer import outer
 
     out_EOI = a_OP.new_empty(num_experts, num_outputs, num_inputs, dtype=torch.bfloat16)
-    triton_kernels.grouped_outer(a_OP, a_scale_EO, b_IP, padded_ends_E, out_EOI)
+    outer(a_OP, a_scale_EO, b_IP, padded_ends_E, out_EOI)
     return out_EOI

@@ -1,34 +1,30 @@
-"""Triton GEMMs of routed experts: INT8 and FP8, over the rows of each expert and over their contraction.
+"""Triton GEMM of routed experts, INT8 and FP8: the rows of each expert times its own matrix.
 
 What      One persistent kernel for [R, K] x [E, N, K] (forward, dgrad), with the main loop of the dense kernel in
-          ``ternary_gemm``, and one for the wgrad of e4m3 codes. How many rows an expert has is read on the device
-          (triton_row_tiles.py).
+          ``ternary_gemm``. How many rows an expert has is read on the device (triton_row_tiles.py).
 Contract  codes int8 or e4m3, last dimension contiguous; scales fp32; outputs are allocated by the caller. Rows past
           ``ends_E[-1]`` are neither read into results nor written.
 Numerics  int8 has the bits of the reference. FP8 sums stay in the tensor cores (about 14 significant bits) for one
           chunk of k; chunks are added in fp32.
-Not here  rounding and transposing (triton_codes.py), checks and dispatch (op.py, backward.py, float8_matmul.py).
+Not here  the wgrad (``ternary_gemm/triton_outer.py``), transposing (triton_codes.py), checks and dispatch (op.py,
+          backward.py, float8_matmul.py).
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from bitmoe_kernels.grouped_ternary_gemm.reference import PADDING
 from bitmoe_kernels.grouped_ternary_gemm.triton_row_tiles import row_tiles
 from bitmoe_kernels.ternary_gemm.triton_kernels import scaled
 from bitmoe_kernels.ternary_gemm.triton_tiles import (
     TILES_PER_STRIP,
-    WIDE_TILE,
     num_programs,
     operand_tiles,
     place_in_strip,
     product_tile,
-    result_tiles,
 )
 
-# Shapes: R = rows sorted by expert, E = experts, K = contracted, N = columns of a product, C = chunks of k; I = inputs,
-#         O = outputs, P = padded rows.
+# Shapes: R = rows sorted by expert, E = experts, K = contracted, N = columns of a product, C = chunks of k.
 
 
 @triton.jit
@@ -205,81 +201,6 @@ def grouped_matmul(
         ONE_CHUNK=num_chunks == 1,
         SCALE_CHUNKS=num_scales > 1,
         SUM_DTYPE=tl.int32 if a_RK.dtype == torch.int8 else tl.float32,
-        TILES_PER_STRIP=TILES_PER_STRIP,
-        enable_fp_fusion=False,
-        **tile,
-    )
-
-
-@triton.jit
-def _grouped_outer_kernel(
-    a_tiles,
-    b_tiles,
-    out_tiles,
-    a_scale_ptr,
-    out_ptr,
-    padded_ends_ptr,
-    num_experts,
-    M,
-    N,
-    PADDING: tl.constexpr,
-    TILES_PER_STRIP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    tiles_m = tl.cdiv(M, BLOCK_M)
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), num_experts * tiles_m * tiles_n, tl.num_programs(0)):
-        expert = tile // (tiles_m * tiles_n)
-        tile_m, tile_n = place_in_strip(tile % (tiles_m * tiles_n), tiles_m, tiles_n, TILES_PER_STRIP)
-        start = tl.multiple_of(tl.load(padded_ends_ptr + expert - 1, mask=expert > 0, other=0), PADDING)
-        K = tl.multiple_of(tl.load(padded_ends_ptr + expert) - start, PADDING)
-        offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-        offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        # Whole tiles: the padding of an expert is zeros.
-        for k in range(0, K, BLOCK_K):
-            a = a_tiles.load([tile_m * BLOCK_M, start + k])
-            b = b_tiles.load([tile_n * BLOCK_N, start + k])
-            sums = tl.dot(a, b.T, sums)
-        # Rows past the end are zeros and are not stored.
-        sums *= tl.load(a_scale_ptr + expert * M + offs_m, mask=offs_m < M, other=0.0)[:, None]
-        result = sums.to(out_ptr.dtype.element_ty)
-        if out_tiles is None:
-            out_ptrs = out_ptr + (expert.to(tl.int64) * M + offs_m)[:, None] * N + offs_n[None, :]
-            tl.store(out_ptrs, result, mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
-        else:
-            out_tiles.store([expert * M + tile_m * BLOCK_M, tile_n * BLOCK_N], result)
-
-
-def grouped_outer(
-    a_OP: torch.Tensor,
-    a_scale_EO: torch.Tensor,
-    b_IP: torch.Tensor,
-    padded_ends_E: torch.Tensor,
-    out_EOI: torch.Tensor,
-    tile: dict | None = None,
-) -> None:
-    """README eq. 6: contract each expert's padded rows of e4m3 codes; all tensors contiguous.
-
-    ``tile`` is for measurements and tests; BLOCK_K divides PADDING.
-    """
-    num_experts, num_outputs, num_inputs = out_EOI.shape
-    tile = tile or WIDE_TILE
-    num_tiles = num_experts * triton.cdiv(num_outputs, tile["BLOCK_M"]) * triton.cdiv(num_inputs, tile["BLOCK_N"])
-    if not num_tiles:
-        return
-    _grouped_outer_kernel[(num_programs(num_tiles, tile, a_OP.device),)](
-        *operand_tiles(a_OP, b_IP, tile, a_OP.shape[1]),
-        result_tiles(out_EOI, tile),
-        a_scale_EO,
-        out_EOI,
-        padded_ends_E,
-        num_experts,
-        num_outputs,
-        num_inputs,
-        PADDING=PADDING,
         TILES_PER_STRIP=TILES_PER_STRIP,
         enable_fp_fusion=False,
         **tile,

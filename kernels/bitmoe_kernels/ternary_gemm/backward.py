@@ -179,13 +179,14 @@ def int8_weight_grad(dy_TO: torch.Tensor, x_codes_TI: torch.Tensor, x_scale_T1: 
     x_columns_IP = transpose_codes(x_codes_TI)
     if not runs_triton(dy_TO):
         return int8_outer_reference(*quantize_columns_reference(dy_TO, x_scale_T1), x_columns_IP).to(dy_TO.dtype)
-    from bitmoe_kernels.ternary_gemm import triton_int8_grad
+    from bitmoe_kernels.ternary_gemm.triton_grad_columns import quantize_columns
+    from bitmoe_kernels.ternary_gemm.triton_outer import outer
 
     dy_columns_OP = x_codes_TI.new_empty(num_outputs, x_columns_IP.shape[1])
     scale_CO = x_scale_T1.new_empty(-(-num_tokens // CHUNK), num_outputs)
-    triton_int8_grad.quantize_columns(rows_contiguous(dy_TO), x_scale_T1, dy_columns_OP, scale_CO)
+    quantize_columns(rows_contiguous(dy_TO), x_scale_T1, dy_columns_OP, scale_CO)
     dw_1OI = dy_TO.new_empty(1, num_outputs, num_inputs)
-    triton_int8_grad.int8_outer(dy_columns_OP, scale_CO, x_columns_IP, None, dw_1OI)
+    outer(dy_columns_OP, scale_CO, x_columns_IP, None, dw_1OI)
     return dw_1OI[0]
 
 

@@ -1,15 +1,13 @@
-"""INT8 weight gradient in Triton: dY rounded by column and chunk of rows, and the product of transposed codes.
+"""dY rounded to INT8 by column and chunk of rows in Triton, for the weight gradient of INT8 activations.
 
-What      README eq. 7 and 8, of all rows or of each expert's; one read of dY, one write of its codes, transposed.
+What      README eq. 7, of all rows or of each expert's: one read of dY, one write of its codes, transposed.
 Contract  dY bf16, fp16 or fp32, scales fp32, codes int8; outputs are allocated by the caller. Rows past the last
           expert's are not read.
-Numerics  codes and scales have the bits of reference.py. Sums of a chunk are exact; chunks are added in fp32.
-Tiling    One step of the product is a whole chunk, scaled without a branch, which would keep multiplications from
-          overlapping: chunks of 512 in steps of 128 take 0.81 instead of 0.67 ms for 7B's down (H200).
-Not here  transposed codes of activations (triton_columns.py), which rows are whose, checks and dispatch (backward.py).
+Numerics  the bits of reference.py.
+Not here  the product (triton_outer.py), which rows are whose, checks and dispatch (backward.py).
 """
 
-# Shapes: R = rows, O = outputs, I = inputs, E = experts, P = padded rows, C = chunks of P.
+# Shapes: R = rows, O = outputs, P = padded rows, C = chunks of P.
 
 import torch
 import triton
@@ -18,19 +16,11 @@ import triton.language as tl
 from bitmoe_kernels.act_quant.triton_kernels import IS_INTERPRETED, ROUNDING, to_float32
 from bitmoe_kernels.ternary_gemm.reference import CHUNK, INT8_STEP, MIN_ABSMAX
 from bitmoe_kernels.ternary_gemm.triton_grad import largest_magnitude
-from bitmoe_kernels.ternary_gemm.triton_tiles import (
-    TILES_PER_STRIP,
-    num_programs,
-    operand_tiles,
-    place_in_strip,
-    result_tiles,
-)
 
 _MIN_ABSMAX = tl.constexpr(MIN_ABSMAX)
 _STEP = tl.constexpr(INT8_STEP)
 # 5 programs a processor: 0.215 instead of 0.227 ms with 4 (64 experts, H200).
 _ROUNDED_TILE = {"BLOCK_ROWS": CHUNK, "BLOCK_FEATURES": 32, "num_warps": 4, "maxnreg": 96}
-OUTER_TILE = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": CHUNK, "num_warps": 8, "num_stages": 3}
 
 
 def quantize_columns(
@@ -145,77 +135,3 @@ def _lowest_bytes(a, b, c, d):
             is_pure=True,
             pack=1,
         )
-
-
-def int8_outer(
-    dy_columns_OP: torch.Tensor,
-    scale_CO: torch.Tensor,
-    x_columns_IP: torch.Tensor,
-    padded_ends_E: torch.Tensor | None,
-    out_EOI: torch.Tensor,
-) -> None:
-    """README eq. 8: contract the padded rows of each expert, or (no ``padded_ends_E``) all; all tensors contiguous."""
-    num_experts, num_outputs, num_inputs = out_EOI.shape
-    tile = OUTER_TILE
-    num_tiles = num_experts * triton.cdiv(num_outputs, tile["BLOCK_M"]) * triton.cdiv(num_inputs, tile["BLOCK_N"])
-    if not num_tiles:
-        return
-    with torch.cuda.device_of(out_EOI):
-        _int8_outer_kernel[(num_programs(num_tiles, tile, out_EOI.device),)](
-            *operand_tiles(dy_columns_OP, x_columns_IP, tile, dy_columns_OP.shape[1]),
-            result_tiles(out_EOI, tile),
-            scale_CO,
-            out_EOI,
-            padded_ends_E,
-            num_experts,
-            len(scale_CO),
-            num_outputs,
-            num_inputs,
-            TILES_PER_STRIP=TILES_PER_STRIP,
-            **tile,
-        )
-
-
-# With one chunk the loop over chunks would be none, and the one over tiles take its loads in flight.
-@triton.jit(do_not_specialize=["num_chunks"])
-def _int8_outer_kernel(
-    a_tiles,
-    b_tiles,
-    out_tiles,
-    a_scale_ptr,
-    out_ptr,
-    padded_ends_ptr,
-    num_experts,
-    num_chunks,
-    M,
-    N,
-    TILES_PER_STRIP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    tiles_m = tl.cdiv(M, BLOCK_M)
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), num_experts * tiles_m * tiles_n, tl.num_programs(0)):
-        expert = tile // (tiles_m * tiles_n)
-        tile_m, tile_n = place_in_strip(tile % (tiles_m * tiles_n), tiles_m, tiles_n, TILES_PER_STRIP)
-        first, end = 0, num_chunks
-        if padded_ends_ptr is not None:
-            first = tl.load(padded_ends_ptr + expert - 1, mask=expert > 0, other=0) // BLOCK_K
-            end = tl.load(padded_ends_ptr + expert) // BLOCK_K
-        offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-        offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        # Rows past the end read the last one's scale and are not stored.
-        scale_ptrs = a_scale_ptr + tl.minimum(offs_m, M - 1)
-        total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        for chunk in range(first, end):
-            a = a_tiles.load([tile_m * BLOCK_M, chunk * BLOCK_K])
-            b = b_tiles.load([tile_n * BLOCK_N, chunk * BLOCK_K])
-            scale = tl.load(scale_ptrs + chunk * M)
-            total += tl.dot(a, b.T, out_dtype=tl.int32).to(tl.float32) * scale[:, None]
-        result = total.to(out_ptr.dtype.element_ty)
-        if out_tiles is None:
-            out_ptrs = out_ptr + (expert.to(tl.int64) * M + offs_m)[:, None] * N + offs_n[None, :]
-            tl.store(out_ptrs, result, mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
-        else:
-            out_tiles.store([expert * M + tile_m * BLOCK_M, tile_n * BLOCK_N], result)
