@@ -113,7 +113,7 @@ def test_outer_adds_what_its_codes_say(tokens, inputs, outputs, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize(("inputs", "outputs"), [(64, 128), (20, 33)])
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 128), (20, 33), (64, 140)])
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
 def test_outer_adds_each_experts_rows(counts, inputs, outputs, dtype):
     kernels = pytest.importorskip("bitmoe_kernels.ternary_gemm.triton_outer")
