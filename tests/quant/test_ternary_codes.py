@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from bitmoe.config.schema import QuantConfig
 from bitmoe.quant.policy import QuantPolicy
-from bitmoe.quant.ternary_codes import CodeCache, absmean_columns, absmean_rows
+from bitmoe.quant.ternary_codes import CodeCache, absmean_blocks, absmean_columns, absmean_rows
 from bitmoe_kernels.weight_quant import ternarize
 
 # Shapes: O = output rows, I = input columns, E = experts.
@@ -133,6 +133,23 @@ def test_another_layout_is_made_from_the_same_value(counted):
     assert torch.equal(e4m3.rows.to(torch.int8), rows)
     assert torch.equal(cache.get()[0], rows)
     assert len(made) == 4
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_scales_of_a_new_value_take_the_place_of_the_former(dim):
+    """A recorded pass reads them there: of each output for blocks of rows, of each block of columns."""
+    policy, w_EOI = QuantPolicy(QuantConfig()), random_weight(3, 4, 8)
+    cache = CodeCache(policy, "down", lambda: absmean_blocks(w_EOI, 2, dim, None))
+    former = cache.get()[1]
+    place, former = former.data_ptr(), former.clone()
+    w_EOI *= 3
+    policy.parameters_changed()
+    _, scale = cache.get()
+    assert scale.data_ptr() == place
+    assert scale.shape == ((3, 4) if dim == 0 else (3, 2))
+    wanted_EG = ternarize(w_EOI, groups=2, dim=dim)[1]
+    assert torch.equal(scale, wanted_EG.repeat_interleave(2, 1) if dim == 0 else wanted_EG)
+    assert not torch.equal(scale, former)
 
 
 def test_codes_are_counted_once_per_parameter_value(counted):
