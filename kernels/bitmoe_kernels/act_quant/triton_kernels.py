@@ -230,13 +230,23 @@ def finite_row_codes(x, scale, FORMAT: tl.constexpr, IS_FLOAT8: tl.constexpr):
         rounding = tl.where(size < 4, 1.0, tl.where(size < 8, 2.0, 4.0)) * ROUNDING
         ratio = (ratio + rounding) - rounding
     elif FORMAT == "int4":
-        # The largest ratio of int8 is 127 and a rounding error: there is nothing to clip.
-        ratio = tl.minimum(tl.maximum(ratio, -8.0), 7.0)
-    rounded = ratio + ROUNDING
-    if IS_FLOAT8:
-        return float8_bytes(rounded - ROUNDING)
+        ratio = _rounded_to_int4(ratio)
+    # The largest ratio of int8 is 127 and a rounding error: there is nothing to clip.
+    return float8_bytes(ratio) if IS_FLOAT8 else round_to_int8(ratio)
+
+
+@triton.jit
+def _rounded_to_int4(ratio):
+    """Nearest integers from -8 to 7, half to even, in fp32; without meaning where the ratio is not finite."""
+    # From 1/2 to 1 fp32 has every multiple of 2^-24: 1 - 2^-24 (8 + ratio) is rounded there as the ratio is, and where
+    # the instruction saturates, at 1, the ratio is clipped at -8 without one of its own.
+    if IS_INTERPRETED:
+        below_1 = tl.minimum(ratio * -(2.0**-24) + (1 - 2.0**-21), 1.0)
     else:
-        return rounded.to(tl.int32, bitcast=True).to(tl.int8)
+        below_1 = tl.inline_asm_elementwise(
+            "fma.rn.sat.f32 $0, $1, 0fB3800000, 0f3F7FFFF8;", "=r,r", [ratio], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return tl.minimum(tl.fma(below_1, -(2.0**24), 2.0**24 - 8), 7.0)
 
 
 @triton.jit
