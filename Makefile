@@ -58,7 +58,7 @@ eval: setup  ## Evaluate a run with lm-eval on the text it held out, at each of 
 
 .PHONY: bench-gpu
 bench-gpu:  ## Benchmarks of one NVIDIA GPU beside baselines, run by BENCH_PYTHON; RESULTS=file takes the JSON lines.
-	@PYTHONPATH=.:kernels $(BENCH_PYTHON) tools/bench_gpu.py --out $(RESULTS)
+	@PYTHONPATH=.:kernels$${PYTHONPATH:+:$$PYTHONPATH} $(BENCH_PYTHON) tools/bench_gpu.py --out $(RESULTS)
 
 .PHONY: test
 test: setup lint  ## Run the linter and all tests; TESTS=tests/arch runs a part.

@@ -76,6 +76,7 @@ def products(hidden, ffn, groups, heads, dtype):
     x_scale, w_scale = torch.ones(TOKENS, groups), torch.ones(NUM_EXPERTS, hidden, groups)
     ends, out = torch.full((NUM_EXPERTS,), TOKENS, dtype=torch.int32), torch.ones(TOKENS, hidden, dtype=dtype)
     scaled_int8_matmul(x, x_scale, w[0], w_scale[0], ffn // groups, out)
+    scaled_int8_matmul(x, torch.ones(TOKENS, 2), w[0], torch.ones(hidden, 2), ffn // 2, out)  # long chunks
     grouped_matmul(x, x_scale, w, w_scale, ends, ffn // groups, out)
     x8, w8, one = x.to(FLOAT8), w.to(FLOAT8), torch.ones(TOKENS, 1)
     for chunk_size in (ffn, 2048):

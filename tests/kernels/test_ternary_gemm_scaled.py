@@ -39,6 +39,7 @@ SHAPES = [
     (0, 8, 8, 1),
     (33, 96, 47, 1),
     (33, 96, 47, 3),
+    (40, 96, 35, 2),  # tiles past a chunk's end
     (40, 90, 35, 2),
     (65, 31, 70, 1),
     (5, 256, 6, 8),
@@ -64,7 +65,9 @@ def test_tiles_are_read_whole_where_memory_is_aligned():
     aligned = codes(4, 96, low=-1, high=1)
     assert has_tiles(aligned, 96)
     assert has_tiles(aligned, 32)
-    assert not has_tiles(aligned, 48)  # a tile of 32 would reach into the next chunk
+    assert has_tiles(aligned, 48)
+    assert not has_tiles(aligned, 24)  # every other chunk starts between two multiples of 16 bytes
+    assert not has_tiles(aligned, 64)  # the last chunk is shorter
     assert has_tiles(aligned[:, :40], 40)
     assert not has_tiles(aligned[:, 8:], 88)
     assert not has_tiles(codes(4, 40, low=-1, high=1), 40)
@@ -81,7 +84,8 @@ def test_tiles_of_products():
 
     assert tile() is tiles.PAIR_TILE
     assert tile(inputs=255) is tiles.WIDE_TILE  # pointers
-    assert tile(chunk=64) is tiles.SHORT_TILE
+    assert tile(inputs=384, chunk=192) is tiles.CHUNK_TILE
+    assert tile(chunk=128) is tile(inputs=402, chunk=201) is tiles.SHORT_TILE  # less than a step; pointers
     assert tile(rows=64) is tile(rows=640, matrices=10) is tiles.SHORT_TILE
     assert tile(out_dtype=torch.float32) is tiles.SQUARE_TILE
     assert tile(dtype=FLOAT8) is tiles.WIDE_TILE

@@ -18,6 +18,7 @@ from bitmoe_kernels.grouped_ternary_gemm.triton_row_tiles import row_tiles
 from bitmoe_kernels.ternary_gemm.triton_kernels import scaled
 from bitmoe_kernels.ternary_gemm.triton_tiles import (
     TILES_PER_STRIP,
+    load_tile,
     num_programs,
     operand_tiles,
     place_in_strip,
@@ -61,8 +62,8 @@ def _product(
         k = (step - chunk * steps_per_chunk) * BLOCK_K
         length = min(chunk_size, K - start)
         if a_tiles is not None:
-            a = a_tiles.load([first_a, start + k])
-            b = b_tiles.load([first_b, start + k]).T
+            a = load_tile(a_tiles, first_a, chunk, k, ONE_CHUNK, BLOCK_M, BLOCK_K)
+            b = load_tile(b_tiles, first_b, chunk, k, ONE_CHUNK, BLOCK_N, BLOCK_K).T
         else:
             mask_k = offs_k < length - k
             a = tl.load(a_ptrs + (start + k), mask=mask_k[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]

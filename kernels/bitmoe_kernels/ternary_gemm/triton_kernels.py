@@ -14,6 +14,7 @@ import triton.language as tl
 
 from bitmoe_kernels.ternary_gemm.triton_tiles import (
     TILES_PER_STRIP,
+    load_tile,
     num_programs,
     operand_tiles,
     place_in_strip,
@@ -77,8 +78,8 @@ def _scaled_int8_matmul_kernel(
             start = chunk * chunk_size
             k = (step - chunk * steps_per_chunk) * BLOCK_K
             if a_tiles is not None:
-                a = a_tiles.load([first_m, start + k])
-                b = b_tiles.load([first_n, start + k]).T
+                a = load_tile(a_tiles, first_m, chunk, k, ONE_CHUNK, BLOCK_M, BLOCK_K)
+                b = load_tile(b_tiles, first_n, chunk, k, ONE_CHUNK, BLOCK_N, BLOCK_K).T
             else:
                 mask_k = offs_k < min(chunk_size, K - start) - k
                 a = tl.load(a_ptrs + (start + k), mask=mask_k[None, :], other=0)  # [BLOCK_M, BLOCK_K]
