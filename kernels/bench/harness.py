@@ -1,13 +1,15 @@
 """What all benchmarks share: the refusal to print wrong figures, timers, closeness to fp64, and where they ran.
 
 Times are medians. A pass is timed by replays of its CUDA graph, so that the launches of Python are not timed; where it
-cannot be recorded (it waits for the GPU) by events around eager calls, and the result says so.
+cannot be recorded (it waits for the GPU) by events around eager calls, and the result says so. What is timed has run for
+a while before: under load a GPU lowers its clocks, and the contender that is timed last would pay for the others.
 """
 
 import gc
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -17,6 +19,9 @@ from typing import NamedTuple
 import torch
 
 WARMUP, REPEATS = 3, 15
+WARM_S = 0.3
+"""Seconds of work before a measurement. Products of a 7B layer took 8.8 ms in the first replay and 9.8 ms in the tenth,
+each kernel of them alike (H200)."""
 REFUSED = 3
 """Exit status of a benchmark whose results are wrong: it prints no figures, and ``make bench-gpu`` stops."""
 
@@ -65,7 +70,8 @@ def closeness(actual: torch.Tensor, truth: torch.Tensor) -> Closeness:
 def time_stages(run: Callable[[Mark], None]) -> dict[str, float]:
     """Median milliseconds between consecutive marks of one pass, summed by stage."""
     totals: dict[str, list[float]] = {}
-    for repeat in range(WARMUP + REPEATS):
+    _warm_up(lambda: run(lambda stage: None))
+    for _ in range(REPEATS):
         marks = [("start", torch.cuda.Event(enable_timing=True))]
         marks[0][1].record()
 
@@ -76,8 +82,6 @@ def time_stages(run: Callable[[Mark], None]) -> dict[str, float]:
 
         run(mark)
         torch.cuda.synchronize()
-        if repeat < WARMUP:
-            continue
         elapsed: dict[str, float] = {}
         for (_, before), (stage, after) in zip(marks[:-1], marks[1:], strict=True):
             elapsed[stage] = elapsed.get(stage, 0.0) + before.elapsed_time(after)
@@ -125,7 +129,7 @@ def _renew_generator() -> None:
 def _median_ms(call: Callable[[], object], repeats: int) -> float:
     """Each call starts on an idle GPU."""
     elapsed_ms = []
-    call()
+    _warm_up(call)
     for _ in range(repeats):
         torch.cuda.synchronize()
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -135,6 +139,14 @@ def _median_ms(call: Callable[[], object], repeats: int) -> float:
         torch.cuda.synchronize()
         elapsed_ms.append(start.elapsed_time(end))
     return round(statistics.median(elapsed_ms), 4)
+
+
+def _warm_up(call: Callable[[], object]) -> None:
+    call()  # compiles
+    end = time.perf_counter() + WARM_S
+    while time.perf_counter() < end:
+        call()
+        torch.cuda.synchronize()
 
 
 def first_line(error: BaseException) -> str:
