@@ -1,8 +1,8 @@
 """What all benchmarks share: the refusal to print wrong figures, timers, closeness to fp64, and where they ran.
 
 Times are medians. A pass is timed by replays of its CUDA graph, so that the launches of Python are not timed; where it
-cannot be recorded (it waits for the GPU) by events around eager calls, and the result says so. What is timed has run for
-a while before: under load a GPU lowers its clocks, and the contender that is timed last would pay for the others.
+cannot be recorded (it waits for the GPU) by events around eager calls, and the result says so. What is timed has run
+for a while before: under load a GPU lowers its clocks, and the contender that is timed last would pay for the others.
 """
 
 import gc

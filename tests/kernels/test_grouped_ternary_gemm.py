@@ -68,7 +68,9 @@ def test_row_tiles(counts, padding):
     assert found.padded_ends_E[-1] <= num_columns
 
 
-@pytest.mark.parametrize(("inputs", "outputs", "groups"), [(48, 40, 1), (64, 70, 2), (96, 70, 2), (20, 33, 1), (90, 40, 3)])
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "groups"), [(48, 40, 1), (64, 70, 2), (96, 70, 2), (20, 33, 1), (90, 40, 3)]
+)
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
 def test_grouped_int8_matmul_has_the_references_bits(counts, inputs, outputs, groups):
     kernels = pytest.importorskip("bitmoe_kernels.grouped_ternary_gemm.triton_kernels")

@@ -31,8 +31,6 @@ from bitmoe_kernels.act_quant.triton_kernels import (
 from bitmoe_kernels.sparsify.triton_kernels import ELEMENTS_PER_THREAD as TOPK_ELEMENTS_PER_THREAD
 from bitmoe_kernels.sparsify.triton_kernels import topk_rows
 
-# 8,192 rows of 2,048 features take 17.0 us in 2 warps of 64 registers a row, 17.6 in one of 125; 4,096 features 32.0
-# instead of 33.9 (H200). Wider rows wait for their many warps: 5,504 features in 8 of them 61 us, in 4 47.
 _MOST_FEATURES_IN_32_A_THREAD = 4096
 # The backward pass keeps sums of dgain beside the tile: 16 warps of 128 registers a thread fill a processor.
 _BACKWARD_ELEMENTS_PER_THREAD = 32
@@ -148,12 +146,16 @@ def _forward_tile(num_features: int, is_sparse: bool) -> dict[str, int]:
     num_features = max(2, num_features)
     if is_sparse:  # The search for the largest needs registers.
         return row_tile(num_features, TOPK_ELEMENTS_PER_THREAD)
+    tile = row_tile(num_features, 64)
+    # 8,192 rows on an H200: 2,560 features take 24.7 us in 80 registers and 29.9 in twice the warps, 11,008 features 92
+    # us and 106 in as many registers as they like.
+    if 4 * num_features <= 3 * tile["BLOCK_FEATURES"]:
+        return tile | {"maxnreg": 80}
+    # 2,048 features in 2 warps a row 17.0 us, in one of 125 registers 17.6; 4,096 features 32.0 and 33.9. Rows that are
+    # wider wait for their many warps.
     if num_features <= _MOST_FEATURES_IN_32_A_THREAD:
         return row_tile(num_features, 32) | {"maxnreg": 64}
-    tile = row_tile(num_features, 64)
-    # 11,008 features, of 16,384 in the tile: 92 us in 80 registers, 106 in as many as it likes (H200).
-    is_part_filled = 4 * num_features <= 3 * tile["BLOCK_FEATURES"]
-    return tile | {"maxnreg": 80 if is_part_filled else 112}
+    return tile | {"maxnreg": 112}
 
 
 def _num_programs(device: torch.device, num_tokens: int, groups: int, tile: dict[str, int]) -> int:

@@ -16,9 +16,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 WIDE_TILE = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 128, "num_warps": 8, "num_stages": 3}
 # INT8 sums are converted at a quarter of the rate of other instructions: 1,467 instead of 1,263 TFLOP/s at K = 11008.
 PAIR_TILE = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
-# With several chunks the fp32 total takes as many registers as the sums, and one program of twice the k a step is as fast
-# as a pair, or faster where a chunk's rows straddle lines of memory: chunks of 688 reach 678 instead of 495 TFLOP/s,
-# chunks of 1376 847 instead of 858.
+# With several chunks the fp32 total takes as many registers as the sums, and one program of twice the k a step is as
+# fast as a pair, or faster where a chunk's rows straddle lines of memory: chunks of 688 reach 678 instead of 495
+# TFLOP/s, chunks of 1376 847 instead of 858.
 CHUNK_TILE = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 256, "num_warps": 8, "num_stages": 3}
 SHORT_TILE = {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
 SQUARE_TILE = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 4}
