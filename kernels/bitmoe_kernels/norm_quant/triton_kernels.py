@@ -18,6 +18,7 @@ import triton.language as tl
 
 from bitmoe_kernels.act_quant.triton_kernels import (
     FORMAT_LEVELS,
+    IS_INTERPRETED,
     finite_row_codes,
     neighbour_square_sums,
     round_to,
@@ -260,8 +261,21 @@ def _normalized(x, rstd, gain, IS_SUB_NORM: tl.constexpr):
     """Equation 2 or 3: [BR, BF] in the dtype of x."""
     unit = to_float32(x) * rstd[:, None]
     if IS_SUB_NORM:
-        unit = to_float32(round_to(unit, x.dtype))
-    return round_to(unit * to_float32(gain), x.dtype)
+        return times_gain(round_to(unit, x.dtype), gain)
+    else:
+        return round_to(unit * to_float32(gain), x.dtype)
+
+
+@triton.jit
+def times_gain(unit, gain):
+    """The last product of equation 3, rounded to the dtype of ``unit``."""
+    if unit.dtype == tl.bfloat16 and gain.dtype == tl.bfloat16 and not IS_INTERPRETED:
+        # The same bits as by way of fp32, which holds such a product exactly: half an instruction instead of 3.5.
+        return tl.inline_asm_elementwise(
+            "mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", [unit, gain], dtype=tl.bfloat16, is_pure=True, pack=2
+        )
+    else:
+        return round_to(to_float32(unit) * to_float32(gain), unit.dtype)
 
 
 @triton.jit

@@ -18,14 +18,13 @@ import torch
 import triton
 import triton.language as tl
 
-from bitmoe_kernels.act_quant.triton_kernels import IS_INTERPRETED
+from bitmoe_kernels.act_quant.triton_kernels import IS_INTERPRETED, round_to, to_float32
 from bitmoe_kernels.relu2_glu.reference import ends_of_experts
 from bitmoe_kernels.relu2_glu.triton_kernels import (
     load_piece,
     load_piece_again,
     piece_tile,
-    round_to,
-    rounded,
+    relu_float32,
     store_codes,
     store_piece,
 )
@@ -208,14 +207,12 @@ def _relu2_glu_bwd_kernel(
             if HAS_NORM or weight_ptr is not None:
                 dots = tl.zeros([BLOCK_ROWS, BLOCK_FEATURES], tl.float32)
                 for piece in tl.static_range(NUM_PIECES):
-                    gate = load_piece(gate_up_ptr + offs_gate, piece, NUM_FEATURES, BLOCK_FEATURES)
-                    up = load_piece(gate_up_ptr + offs_gate + SIZE, piece, NUM_FEATURES, BLOCK_FEATURES)
-                    relu = tl.maximum(gate, 0.0, propagate_nan=tl.PropagateNan.ALL)
-                    h = rounded(relu * relu * up, gate_up_ptr.dtype.element_ty)
-                    dy = load_piece(dy_ptrs, piece, NUM_FEATURES, BLOCK_FEATURES)
+                    relu = relu_float32(load_piece(gate_up_ptr + offs_gate, piece, NUM_FEATURES, BLOCK_FEATURES))
+                    up = to_float32(load_piece(gate_up_ptr + offs_gate + SIZE, piece, NUM_FEATURES, BLOCK_FEATURES))
+                    dy = to_float32(load_piece(dy_ptrs, piece, NUM_FEATURES, BLOCK_FEATURES))
                     if HAS_NORM:
-                        dy *= load_piece(gain_ptrs, piece, NUM_FEATURES, BLOCK_FEATURES)
-                    dots += dy * h
+                        dy *= to_float32(load_piece(gain_ptrs, piece, NUM_FEATURES, BLOCK_FEATURES))
+                    dots += dy * to_float32(round_to(relu * relu * up, gate_up_ptr.dtype.element_ty))
                 dot = tl.sum(dots, axis=1, keep_dims=True)
                 if HAS_NORM:
                     dot *= rstd
@@ -228,18 +225,17 @@ def _relu2_glu_bwd_kernel(
             pairs, largest = (), tl.zeros([BLOCK_ROWS, BLOCK_FEATURES], tl.int32)
             # Not in registers: that would leave no room for dgain.
             for piece in tl.static_range(NUM_PIECES):
-                gate = load_piece_again(gate_up_ptr + offs_gate, piece, NUM_FEATURES, BLOCK_FEATURES)
-                up = load_piece_again(gate_up_ptr + offs_gate + SIZE, piece, NUM_FEATURES, BLOCK_FEATURES)
-                relu = tl.maximum(gate, 0.0, propagate_nan=tl.PropagateNan.ALL)
-                dh = load_piece_again(dy_ptrs, piece, NUM_FEATURES, BLOCK_FEATURES)
+                relu = relu_float32(load_piece_again(gate_up_ptr + offs_gate, piece, NUM_FEATURES, BLOCK_FEATURES))
+                up = to_float32(load_piece_again(gate_up_ptr + offs_gate + SIZE, piece, NUM_FEATURES, BLOCK_FEATURES))
+                dh = to_float32(load_piece_again(dy_ptrs, piece, NUM_FEATURES, BLOCK_FEATURES))
                 if weight_ptr is not None:
                     dh *= weight
                 if HAS_NORM:
-                    unit = rounded(relu * relu * up, gate_up_ptr.dtype.element_ty) * rstd
+                    unit = to_float32(round_to(relu * relu * up, gate_up_ptr.dtype.element_ty)) * rstd
                     dy = dh if BLOCK_ROWS == 1 else tl.where(is_token[:, None], dh, 0.0)
-                    rounded_unit = rounded(unit, gate_up_ptr.dtype.element_ty)
+                    rounded_unit = to_float32(round_to(unit, gate_up_ptr.dtype.element_ty))
                     new_dgain = new_dgain + (dgain[piece] + dy * rounded_unit,)
-                    dunit = dh * load_piece(gain_ptrs, piece, NUM_FEATURES, BLOCK_FEATURES)
+                    dunit = dh * to_float32(load_piece(gain_ptrs, piece, NUM_FEATURES, BLOCK_FEATURES))
                     dh = rstd * (dunit - unit * mean)
                 dup = dh * relu
                 # Half of it: the other factor of 2 is as exact behind the rounding.

@@ -21,12 +21,13 @@ from bitmoe_kernels.act_quant.triton_kernels import (
     finite_row_codes,
     neighbour_square_sums,
     neighbour_sums,
+    round_to,
     row_means,
     row_scales,
     scales_of,
     to_float32,
 )
-from bitmoe_kernels.norm_quant.triton_kernels import rstd_of_sums
+from bitmoe_kernels.norm_quant.triton_kernels import rstd_of_sums, times_gain
 
 
 def piece_tile(num_features: int) -> dict[str, int]:
@@ -118,8 +119,8 @@ def _relu2_glu_fwd_kernel(
     for piece in tl.static_range(NUM_PIECES):
         gate = load_piece(gate_ptrs, piece, NUM_FEATURES, BLOCK_FEATURES)
         up = load_piece(gate_ptrs + SIZE, piece, NUM_FEATURES, BLOCK_FEATURES)
-        relu = tl.maximum(gate, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        tiles = tiles + (round_pairs_to(relu * relu * up, gate_up_ptr.dtype.element_ty),)
+        relu = relu_float32(gate)
+        tiles = tiles + (round_to(relu * relu * to_float32(up), gate.dtype),)
     if HAS_NORM:
         squares = ()
         for piece in tl.static_range(NUM_PIECES):
@@ -132,9 +133,8 @@ def _relu2_glu_fwd_kernel(
         normed = ()
         for piece in tl.static_range(NUM_PIECES):
             gain = load_piece(gain_ptr + offs_gain[:, None], piece, NUM_FEATURES, BLOCK_FEATURES)
-            unit = round_pairs_to(to_float32(tiles[piece]) * rstd[:, None], gate_up_ptr.dtype.element_ty)
-            # Not by pairs: the compiler makes one bf16 product of conversions and product where the gain is bf16.
-            normed = normed + (round_to(unit.to(tl.float32) * gain, gate_up_ptr.dtype.element_ty),)
+            unit = round_to(to_float32(tiles[piece]) * rstd[:, None], gate_up_ptr.dtype.element_ty)
+            normed = normed + (times_gain(unit, gain),)
         tiles = normed
     if FORMAT == "int4":
         sizes = ()
@@ -142,10 +142,9 @@ def _relu2_glu_fwd_kernel(
             sizes = sizes + (neighbour_sums(tl.abs(to_float32(tiles[piece]))),)
         scale = scales_of(row_means(_row_sums(sizes), NUM_FEATURES).to(tl.float32), LEVELS)
     else:
-        magnitude = tl.zeros([BLOCK_ROWS, BLOCK_FEATURES], tl.float32)
+        magnitude = tl.zeros([BLOCK_ROWS, BLOCK_FEATURES], gate_up_ptr.dtype.element_ty)
         for piece in tl.static_range(NUM_PIECES):
-            size = tl.abs(to_float32(tiles[piece]))
-            magnitude = tl.maximum(magnitude, size, propagate_nan=tl.PropagateNan.ALL)
+            magnitude = _larger_magnitude(magnitude, tiles[piece])
         scale = row_scales(magnitude, NUM_FEATURES, FORMAT, LEVELS)
     if weight_ptr is None:
         tl.store(scale_ptr + rows, scale)
@@ -168,13 +167,34 @@ def _row_sums(pieces):
 
 
 @triton.jit
+def relu_float32(x):
+    """max(x, 0) in fp32; NaN stays NaN."""
+    if x.dtype == tl.bfloat16 and not IS_INTERPRETED:
+        asm: tl.constexpr = "{ .reg .b32 zero; mov.b32 zero, 0; max.NaN.bf16x2 $0, $1, zero; }"
+        return to_float32(tl.inline_asm_elementwise(asm, "=r,r", [x], dtype=tl.bfloat16, is_pure=True, pack=2))
+    else:
+        return tl.maximum(to_float32(x), 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _larger_magnitude(largest, x):
+    """The larger of ``largest``, which is not negative, and |x|; NaN where either is."""
+    if x.dtype == tl.bfloat16 and not IS_INTERPRETED:
+        asm: tl.constexpr = "{ .reg .b32 size; abs.bf16x2 size, $2; max.NaN.bf16x2 $0, $1, size; }"
+        return tl.inline_asm_elementwise(asm, "=r,r,r", [largest, x], dtype=tl.bfloat16, is_pure=True, pack=2)
+    else:
+        size = tl.maximum(to_float32(largest), tl.abs(to_float32(x)), propagate_nan=tl.PropagateNan.ALL)
+        return size.to(x.dtype)
+
+
+@triton.jit
 def load_piece(row_ptrs, piece: tl.constexpr, NUM_FEATURES: tl.constexpr, BLOCK_FEATURES: tl.constexpr):
-    """Features of a piece, fp32 [BR, P], of the rows that begin at ``row_ptrs`` [BR, 1]; 0 past their end."""
+    """Features of a piece [BR, P] of the rows that begin at ``row_ptrs`` [BR, 1]; 0 past their end."""
     features = piece * BLOCK_FEATURES + tl.arange(0, BLOCK_FEATURES)[None, :]
     if (piece + 1) * BLOCK_FEATURES <= NUM_FEATURES:
-        return to_float32(tl.load(row_ptrs + features))
+        return tl.load(row_ptrs + features)
     else:
-        return to_float32(tl.load(row_ptrs + features, mask=features < NUM_FEATURES, other=0.0))
+        return tl.load(row_ptrs + features, mask=features < NUM_FEATURES, other=0.0)
 
 
 @triton.jit
@@ -182,7 +202,7 @@ def load_piece_again(row_ptrs, piece: tl.constexpr, NUM_FEATURES: tl.constexpr, 
     """The same from the caches: of two reads alike the compiler makes one, and keeps the piece in registers."""
     features = piece * BLOCK_FEATURES + tl.arange(0, BLOCK_FEATURES)[None, :]
     mask = features < NUM_FEATURES
-    return to_float32(tl.load(row_ptrs + features, mask=mask, other=0.0, eviction_policy="evict_first"))
+    return tl.load(row_ptrs + features, mask=mask, other=0.0, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -205,36 +225,3 @@ def store_codes(
     # A choice for each code would take four packed ones apart.
     tl.store(row_ptrs + features, codes, mask=mask & is_finite)
     tl.store(row_ptrs + features, tl.zeros_like(codes), mask=mask & ~is_finite)
-
-
-@triton.jit
-def round_to(x, dtype: tl.constexpr):
-    """fp32 ``x`` rounded half to even to ``dtype``, as ``x.to(dtype)`` is on a GPU."""
-    if dtype == tl.bfloat16 and IS_INTERPRETED:
-        # Triton's interpreter cuts bf16 off instead (seen in 3.6 and 3.9): round the bits before it does.
-        bits = x.to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
-    return x.to(dtype)
-
-
-@triton.jit
-def round_pairs_to(x, dtype: tl.constexpr):
-    """The same, two numbers an instruction for bf16: Triton's own goes one by one, at an eighth of Hopper's rate."""
-    if dtype == tl.bfloat16 and not IS_INTERPRETED:
-        asm: tl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;"
-        return tl.inline_asm_elementwise(asm, "=r,r,r", [x], dtype=tl.bfloat16, is_pure=True, pack=2)
-    else:
-        return round_to(x, dtype)
-
-
-@triton.jit
-def rounded(x, dtype: tl.constexpr):
-    """The same, as fp32."""
-    if dtype == tl.bfloat16 and not IS_INTERPRETED:
-        asm: tl.constexpr = (
-            "{ .reg .b32 pair; cvt.rn.bf16x2.f32 pair, $3, $2; shl.b32 $0, pair, 16; and.b32 $1, pair, 0xFFFF0000; }"
-        )
-        return tl.inline_asm_elementwise(asm, "=r,=r,r,r", [x], dtype=tl.float32, is_pure=True, pack=2)
-    else:
-        return round_to(x, dtype).to(tl.float32)
