@@ -50,6 +50,7 @@ def activations(hidden, ffn, groups, heads, dtype):
     norm_quantize_triton(x, gain, 1e-5, "int4", code_dtype=FLOAT8, with_normalized=True)
     norm_quantize_triton(x, gain, 1e-5, "int8", True, groups, 0.5)
     norm_backward_triton(x, x, gain, scale, x)
+    relu2_glu_quantize_triton(x[:, :2], gain[:1], 1e-5, "int8", 1, None)  # one feature
     for experts, gains, weight in ((None, ffn_gain[0], None), (expert, ffn_gain, one), (None, None, one)):
         relu2_glu_quantize_triton(gate_up, gains, 1e-5, "int8", groups, experts, weight)
         rstd = None if gains is None else scale

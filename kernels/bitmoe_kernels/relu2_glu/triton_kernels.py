@@ -36,7 +36,8 @@ def piece_tile(num_features: int) -> dict[str, int]:
     Pieces are a power of two, but 128 (one warp) or more; 1/7 of a row or less is padding. Narrow pieces take several
     rows, so that a program has 4 warps; with 128 features a warp reduces its row without the others.
     """
-    widest = triton.next_power_of_2(num_features)
+    # Not one feature: squares are added in pairs.
+    widest = max(2, triton.next_power_of_2(num_features))
     block_features = min(widest, max(128, triton.next_power_of_2(triton.cdiv(num_features, 12))))
     block_rows = max(1, 512 // block_features)
     return {
