@@ -206,7 +206,7 @@ def print_tables(bf16: dict, tables: dict[str, dict]) -> None:
 
 
 def sweep_tiles() -> None:
-    """Rates of the INT8 kernel by tile: down's forward, with one scale a row and with one for each 512 k."""
+    """Rates of the INT8 kernel by tile: down's forward, with one scale a row and with 8."""
     from bitmoe_kernels.ternary_gemm import triton_kernels
 
     # m, n, k, warps, stages.
@@ -214,7 +214,7 @@ def sweep_tiles() -> None:
     tiles += [(128, 128, 128, 4, 3), (128, 256, 64, 8, 6), (64, 128, 128, 4, 3)]
     a, b = (torch.randint(-128, 128, (3, rows, FFN), dtype=torch.int8, device="cuda") for rows in (NUM_TOKENS, HIDDEN))
     out = torch.empty(NUM_TOKENS, HIDDEN, dtype=torch.bfloat16, device="cuda")
-    for chunk_size in (FFN, 512):
+    for chunk_size in (FFN, FFN // 8):
         scale = torch.ones(NUM_TOKENS, -(-FFN // chunk_size), device="cuda")
         one = torch.ones(1, 1, device="cuda").expand(HIDDEN, scale.shape[1])
         for m, n, k, warps, stages in tiles:

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,8 @@ FLOAT8 = torch.float8_e4m3fn
 TOKENS = 256
 NUM_EXPERTS = 8
 TARGET = ("cuda", 90, 32)
+REGISTERS = 65536
+"""Of a processor, which a program may not exceed."""
 
 
 def activations(hidden, ffn, groups, heads, dtype):
@@ -60,6 +63,21 @@ def activations(hidden, ffn, groups, heads, dtype):
             relu2_glu_rounded_backward_triton(gate_up[:, :ffn], gate_up, gains, rstd, experts, w_scale, one, weight)
 
 
+def longest_rows(hidden, ffn, groups, heads, dtype):
+    """Rows of as many features as Triton's kernels take, whatever the model's."""
+    from bitmoe_kernels.dispatch import LONGEST_ROW
+    from bitmoe_kernels.norm_quant.triton_kernels import norm_backward_triton, norm_quantize_triton
+    from bitmoe_kernels.relu2_glu.triton_backward import relu2_glu_quantize_backward_triton
+    from bitmoe_kernels.relu2_glu.triton_kernels import relu2_glu_quantize_triton
+
+    gate_up, one = torch.ones(4, 2 * LONGEST_ROW, dtype=dtype), torch.ones(4, 1)
+    x, gain = gate_up[:, :LONGEST_ROW], gate_up[0, :LONGEST_ROW]
+    norm_quantize_triton(x, gain, 1e-5, "int4")
+    norm_backward_triton(x, x, gain, one, x)
+    relu2_glu_quantize_triton(gate_up, gain, 1e-5, "int8", 1, None)
+    relu2_glu_quantize_backward_triton(x, gate_up, gain, one, None)
+
+
 def products(hidden, ffn, groups, heads, dtype):
     """Codes by matrix, dense and by expert, and what their backward rounds and transposes."""
     from bitmoe_kernels.act_pack.triton_kernels import pack_codes_triton, unpack_codes_triton
@@ -80,7 +98,7 @@ def products(hidden, ffn, groups, heads, dtype):
     scaled_int8_matmul(x, torch.ones(TOKENS, 2), w[0], torch.ones(hidden, 2), ffn // 2, out)  # long chunks
     grouped_matmul(x, x_scale, w, w_scale, ends, ffn // groups, out)
     x8, w8, one = x.to(FLOAT8), w.to(FLOAT8), torch.ones(TOKENS, 1)
-    for chunk_size in (ffn, 2048):
+    for chunk_size in (ffn, ffn // 2, 2048):
         grouped_matmul(x8, one, w8, w_scale[:, :, :1], ends, min(chunk_size, ffn), out)
     num_columns = padded_rows(TOKENS, NUM_EXPERTS)
     columns = torch.ones(ffn, num_columns, dtype=torch.int8).view(FLOAT8)
@@ -156,7 +174,7 @@ def rest(hidden, ffn, groups, heads, dtype):
 
 CASES = {
     f"{function.__name__}, {size}, {dtype}": (function, size, dtype)
-    for function in (activations, products, weights, rest)
+    for function in (activations, longest_rows, products, weights, rest)
     for size in SIZES
     for dtype in DTYPES
     if size == "default" or dtype == "bf16"
@@ -194,10 +212,14 @@ def _compile_only() -> None:
         def get_current_target(self):
             return GPUTarget(*TARGET)
 
+    def launch(kernel, grid, *args, **options):
+        compiled = kernel.run(*args, grid=grid, warmup=True, **options).metadata
+        registers = 32 * compiled.num_warps * (compiled.maxnreg or 0)
+        if registers > REGISTERS:
+            raise ValueError(f"{compiled.name} may take {registers} registers: a processor has {REGISTERS}")
+
     driver.set_active(NoDevice())
-    JITFunction.__getitem__ = lambda self, grid: (
-        lambda *args, **options: self.run(*args, grid=grid, warmup=True, **options)
-    )
+    JITFunction.__getitem__ = lambda self, grid: partial(launch, self, grid)
 
 
 @pytest.fixture(scope="module")

@@ -86,7 +86,7 @@ def test_grouped_int8_matmul_has_the_references_bits(counts, inputs, outputs, gr
     assert torch.equal(y[-2:], poisoned(2, outputs, dtype=torch.float32))
 
 
-@pytest.mark.parametrize("chunk_size", [64, 96])
+@pytest.mark.parametrize("chunk_size", [48, 64, 96])
 @pytest.mark.parametrize("value", [None, 7, -8])
 def test_grouped_float8_matmul_is_exact(value, chunk_size):
     kernels = pytest.importorskip("bitmoe_kernels.grouped_ternary_gemm.triton_kernels")

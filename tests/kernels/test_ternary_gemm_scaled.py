@@ -68,6 +68,7 @@ def test_tiles_are_read_whole_where_memory_is_aligned():
     assert has_tiles(aligned, 48)
     assert not has_tiles(aligned, 24)  # every other chunk starts between two multiples of 16 bytes
     assert not has_tiles(aligned, 64)  # the last chunk is shorter
+    assert not has_tiles(aligned[:, :80], 40)  # 40 does not divide the stride of rows
     assert has_tiles(aligned[:, :40], 40)
     assert not has_tiles(aligned[:, 8:], 88)
     assert not has_tiles(codes(4, 40, low=-1, high=1), 40)
@@ -75,7 +76,8 @@ def test_tiles_are_read_whole_where_memory_is_aligned():
 
 
 def test_tiles_of_products():
-    """Two programs a processor where it has something else to do than multiply, unless registers or rows are short."""
+    """Two programs a processor where it has something else to do than multiply, unless registers, rows or chunks are
+    short."""
     tiles = pytest.importorskip("bitmoe_kernels.ternary_gemm.triton_tiles")
 
     def tile(rows=640, inputs=256, outputs=512, chunk=256, dtype=torch.int8, out_dtype=torch.bfloat16, matrices=1):
@@ -86,6 +88,7 @@ def test_tiles_of_products():
     assert tile(inputs=255) is tiles.WIDE_TILE  # pointers
     assert tile(inputs=384, chunk=192) is tiles.CHUNK_TILE
     assert tile(chunk=128) is tile(inputs=402, chunk=201) is tiles.SHORT_TILE  # less than a step; pointers
+    assert tile(inputs=768, chunk=384) is tiles.SHORT_TILE  # a third of padding
     assert tile(rows=64) is tile(rows=640, matrices=10) is tiles.SHORT_TILE
     assert tile(out_dtype=torch.float32) is tiles.SQUARE_TILE
     assert tile(dtype=FLOAT8) is tiles.WIDE_TILE

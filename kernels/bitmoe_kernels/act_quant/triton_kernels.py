@@ -7,7 +7,7 @@ Tiling    a tile holds whole rows in registers, 64 elements a thread, so that ma
           rows of up to 2048 elements take one warp and no barrier, 32768 take 16. Groups are rows: [T, G * d] is
           [T * G, d]. The row length is a constant of the compiled kernel: rows divisible by 8 get 16-byte loads, and
           most of a tile past the end of a row costs nothing.
-Numerics  the operations of the reference, one by one: multiplications are not fused with additions.
+Numerics  the operations of the reference, one by one: multiplications are not fused with additions that round.
 Not here  fp64 input, argument checks and dispatch (op.py).
 """
 

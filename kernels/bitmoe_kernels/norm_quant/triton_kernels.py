@@ -3,9 +3,9 @@
 What      README eq. 1-7. Codes, scale, rstd and y equal reference.py bit for bit: the forward takes its operations one
           by one. The backward pass computes in fp32 and rounds dx once.
 Contract  bf16, fp16 or fp32 tensors, mixed as they come; any sizes; inputs are made contiguous.
-Tiling    whole rows (groups) in registers, as in act_quant: 3 bytes an element for bf16. Backward, a program stays with
-          its group of features and takes tiles of tokens one after the other, adding its share of dgain in registers;
-          torch adds the shares, in an order that does not change.
+Tiling    whole rows (groups) in registers, 32 or 64 elements a thread: 3 bytes an element for bf16. Backward, a program
+          stays with its group of features and takes tiles of tokens one after the other, adding its share of dgain in
+          registers; torch adds the shares, in an order that does not change.
 Not here  fp64 input, argument checks and dispatch (op.py).
 """
 
@@ -58,7 +58,7 @@ def norm_quantize_triton(
     rstd_TG = torch.empty_like(scale_TG)
     if num_rows := scale_TG.numel():
         num_features = x_TD.shape[-1] // groups
-        tile = _forward_tile(num_features, keep < 1)
+        tile = _forward_tile(x_TD.dtype, num_features, keep < 1)
         with torch.cuda.device_of(x_TD):
             _norm_quant_fwd_kernel[(triton.cdiv(num_rows, tile["BLOCK_ROWS"]),)](
                 x_TD,
@@ -90,7 +90,7 @@ def rms_norm_triton(x_TD: torch.Tensor, gain_D: torch.Tensor, eps: float) -> tup
     y_TD = torch.empty_like(x_TD)
     rstd_T1 = torch.empty(*x_TD.shape[:-1], 1, dtype=torch.float32, device=x_TD.device)
     if num_rows := rstd_T1.numel():
-        tile = _forward_tile(x_TD.shape[-1], is_sparse=False)
+        tile = _forward_tile(x_TD.dtype, x_TD.shape[-1], is_sparse=False)
         with torch.cuda.device_of(x_TD):
             _rms_norm_fwd_kernel[(triton.cdiv(num_rows, tile["BLOCK_ROWS"]),)](
                 x_TD,
@@ -141,22 +141,29 @@ def norm_backward_triton(
     return dx_TD, dgain_PD.sum(0)
 
 
-def _forward_tile(num_features: int, is_sparse: bool) -> dict[str, int]:
-    """Launch constants of whole rows: as many warps on a processor as their registers allow without many spilled."""
+def _forward_tile(dtype: torch.dtype, num_features: int, is_sparse: bool) -> dict[str, int]:
+    """Launch constants of whole rows; 16-bit ones get as many warps on a processor as few spilled registers allow."""
     # Not one feature a row: bf16 numbers are converted in pairs.
     num_features = max(2, num_features)
     if is_sparse:  # The search for the largest needs registers.
         return row_tile(num_features, TOPK_ELEMENTS_PER_THREAD)
     tile = row_tile(num_features, 64)
-    # 8,192 rows on an H200: 2,560 features take 24.7 us in 80 registers and 29.9 in twice the warps, 11,008 features 92
-    # us and 106 in as many registers as they like.
+    if dtype == torch.float32 or tile["BLOCK_ROWS"] > 1:
+        return tile
     if 4 * num_features <= 3 * tile["BLOCK_FEATURES"]:
-        return tile | {"maxnreg": 80}
-    # 2,048 features in 2 warps a row 17.0 us, in one of 125 registers 17.6; 4,096 features 32.0 and 33.9. Rows that are
-    # wider wait for their many warps.
+        # 8,192 rows of 2,560 features take 25 us, and 30 in twice the warps; 11,008 features 95, and 106 in as many
+        # registers as they like (H200).
+        return _held_to(80, tile)
     if num_features <= _MOST_FEATURES_IN_32_A_THREAD:
-        return row_tile(num_features, 32) | {"maxnreg": 64}
-    return tile | {"maxnreg": 112}
+        # 2,048 features in 2 warps a row 17.0 us, in one of 125 registers 17.6; 4,096 features 32.0 and 33.9. Rows that
+        # are wider wait for their many warps.
+        return _held_to(64, row_tile(num_features, 32))
+    return _held_to(112, tile)
+
+
+def _held_to(registers: int, tile: dict[str, int]) -> dict[str, int]:
+    """The tile with at most so many registers a thread, and no more than a processor has."""
+    return tile | {"maxnreg": min(registers, _REGISTERS_PER_PROCESSOR // (32 * tile["num_warps"]))}
 
 
 def _num_programs(device: torch.device, num_tokens: int, groups: int, tile: dict[str, int]) -> int:

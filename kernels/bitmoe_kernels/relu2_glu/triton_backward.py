@@ -31,6 +31,7 @@ from bitmoe_kernels.relu2_glu.triton_kernels import (
 from bitmoe_kernels.ternary_gemm.triton_grad import e4m3_bytes, power_scale
 
 _REGISTERS = 128
+_REGISTERS_PER_PROCESSOR = 65536
 _WARPS_IN_FLIGHT = 2112
 """Warps of a backward launch: 16, with _REGISTERS a thread, on each of an H200's 132 processors, in one wave. More and
 smaller blocks of tokens would write more partial sums: 4 bytes a feature and block, beside 8 or 10 a feature and token.
@@ -122,7 +123,8 @@ def _run(
             gain is not None,
             expert_R is not None,
             outputs[1] is not None,
-            maxnreg=_REGISTERS,
+            # Rows of more than 24,576 features have 32 warps.
+            maxnreg=min(_REGISTERS, _REGISTERS_PER_PROCESSOR // (32 * tile["num_warps"])),
             **tile,
         )
         if gain is not None:

@@ -42,20 +42,20 @@ def product_tile(a_MK: torch.Tensor, b_NK: torch.Tensor, out: torch.Tensor, chun
     if len(a_MK) <= SHORT_TILE["BLOCK_M"] * num_matrices:
         return SHORT_TILE
     if is_int8 and not has_one_chunk:
-        is_long = chunk_size > SHORT_TILE["BLOCK_K"] and _reads_tiles(a_MK, b_NK, chunk_size)
-        return CHUNK_TILE if is_long else SHORT_TILE
+        is_long = chunk_size > SHORT_TILE["BLOCK_K"] and _padding(chunk_size, "BLOCK_K", CHUNK_TILE, SHORT_TILE) <= 1.2
+        return CHUNK_TILE if is_long and _reads_tiles(a_MK, b_NK, chunk_size) else SHORT_TILE
     # A wide tile of fp32 results does not fit shared memory beside the loads in flight.
     if not has_one_chunk or out.element_size() != 2:
         return SQUARE_TILE
-    # Pointers to two operands would not fit a pair's registers.
-    is_pair = is_int8 or _wastes_wide_tiles(out.shape[1])
+    # Wide tiles are 6 % faster where they pad no more. Pointers to two operands would not fit a pair's registers.
+    is_pair = is_int8 or _padding(out.shape[1], "BLOCK_N", WIDE_TILE, PAIR_TILE) > 1.06
     return PAIR_TILE if is_pair and _reads_tiles(a_MK, b_NK, chunk_size) else WIDE_TILE
 
 
-def _wastes_wide_tiles(num_columns: int) -> bool:
-    """Whether wide tiles pad columns by more than the 6 % that they are faster."""
-    wide, narrow = (triton.cdiv(num_columns, tile["BLOCK_N"]) * tile["BLOCK_N"] for tile in (WIDE_TILE, PAIR_TILE))
-    return wide > 1.06 * narrow
+def _padding(size: int, block: str, tile: dict, other: dict) -> float:
+    """How many times as much ``tile`` computes as ``other`` for a ``size`` that neither may divide."""
+    padded, other_padded = (triton.cdiv(size, each[block]) * each[block] for each in (tile, other))
+    return padded / other_padded
 
 
 def operand_tiles(
@@ -64,7 +64,8 @@ def operand_tiles(
     """Descriptors of both operands' tiles for the tensor memory accelerator (1,381 instead of 1,202 FP8 TFLOP/s in the
     grouped product of 64 experts), or None where it cannot read them: see ``load_tile``.
 
-    It wants rows and chunks that start at multiples of 16 bytes, and reads whole tiles: zeros past a matrix or a chunk.
+    It wants chunks of one size, rows and chunks that start at multiples of 16 bytes, and rows at multiples of chunks.
+    It reads whole tiles: zeros past a matrix or a chunk.
     """
     if not _reads_tiles(a_MK, b_NK, chunk_size):
         return None, None
@@ -95,9 +96,11 @@ def result_tiles(out_EMN: torch.Tensor, tile: dict) -> TensorDescriptor | None:
 
 
 def _reads_tiles(a_MK: torch.Tensor, b_NK: torch.Tensor, chunk_size: int) -> bool:
-    k = a_MK.shape[1]
-    has_aligned_chunks = chunk_size >= k or (k % chunk_size == 0 and chunk_size * a_MK.itemsize % 16 == 0)
-    return has_aligned_chunks and _is_aligned(a_MK) and _is_aligned(b_NK)
+    # A stride of a descriptor has to be a multiple of the one before.
+    sizes = a_MK.shape[1], a_MK.stride(0), b_NK.stride(0)
+    if chunk_size < sizes[0] and (chunk_size % 16 or any(size % chunk_size for size in sizes)):
+        return False
+    return _is_aligned(a_MK) and _is_aligned(b_NK)
 
 
 def _is_aligned(x: torch.Tensor) -> bool:
