@@ -21,6 +21,7 @@ import triton.language as tl
 
 from bitmoe_kernels.act_quant.reference import MIN_MAGNITUDE, NEIGHBOURS
 
+_REGISTERS_PER_PROCESSOR = 65536
 # Adding 1.5 * 2^23 to a float below 2^22 leaves it rounded, half to even, in the low bits of the sum.
 ROUNDING = tl.constexpr(1.5 * 2**23)
 _MIN_MAGNITUDE = tl.constexpr(MIN_MAGNITUDE)
@@ -35,6 +36,11 @@ def row_tile(num_features: int, elements_per_thread: int = 64) -> dict[str, int]
     block_rows = max(1, 32 * elements_per_thread // block_features)
     num_warps = min(32, block_rows * block_features // (32 * elements_per_thread))
     return {"BLOCK_ROWS": block_rows, "BLOCK_FEATURES": block_features, "num_warps": num_warps}
+
+
+def held_to(registers: int, tile: dict[str, int]) -> dict[str, int]:
+    """The tile with at most so many registers a thread, and no more in all than a processor has."""
+    return tile | {"maxnreg": min(registers, _REGISTERS_PER_PROCESSOR // (32 * tile["num_warps"]))}
 
 
 def quantize_triton(
@@ -219,7 +225,7 @@ def round_to_int8(ratio):
 
 @triton.jit
 def finite_row_codes(x, scale, FORMAT: tl.constexpr, IS_FLOAT8: tl.constexpr):
-    """Codes int8 of rows [BR, BF] under their own scales [BR], or (``IS_FLOAT8``) the bytes of e4m3 codes.
+    """Codes int8 of rows [BR, BF] under their own scales [BR], or (``IS_FLOAT8``) the bytes of 4-bit ones in e4m3.
 
     Without meaning where the scale is NaN.
     """

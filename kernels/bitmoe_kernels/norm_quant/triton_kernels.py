@@ -20,6 +20,7 @@ from bitmoe_kernels.act_quant.triton_kernels import (
     FORMAT_LEVELS,
     IS_INTERPRETED,
     finite_row_codes,
+    held_to,
     neighbour_square_sums,
     round_to,
     row_means,
@@ -35,8 +36,8 @@ from bitmoe_kernels.sparsify.triton_kernels import topk_rows
 _MOST_FEATURES_IN_32_A_THREAD = 4096
 # The backward pass keeps sums of dgain beside the tile: 16 warps of 128 registers a thread fill a processor.
 _BACKWARD_ELEMENTS_PER_THREAD = 32
+_BACKWARD_REGISTERS = 128
 _WARPS_PER_PROCESSOR = 16
-_REGISTERS_PER_PROCESSOR = 65536
 
 
 def norm_quantize_triton(
@@ -135,8 +136,7 @@ def norm_backward_triton(
             num_tokens,
             num_features,
             groups,
-            maxnreg=_REGISTERS_PER_PROCESSOR // (32 * max(tile["num_warps"], _WARPS_PER_PROCESSOR)),
-            **tile,
+            **held_to(_BACKWARD_REGISTERS, tile),
         )
     return dx_TD, dgain_PD.sum(0)
 
@@ -153,17 +153,12 @@ def _forward_tile(dtype: torch.dtype, num_features: int, is_sparse: bool) -> dic
     if 4 * num_features <= 3 * tile["BLOCK_FEATURES"]:
         # 8,192 rows of 2,560 features take 25 us, and 30 in twice the warps; 11,008 features 95, and 106 in as many
         # registers as they like (H200).
-        return _held_to(80, tile)
+        return held_to(80, tile)
     if num_features <= _MOST_FEATURES_IN_32_A_THREAD:
         # 2,048 features in 2 warps a row 17.0 us, in one of 125 registers 17.6; 4,096 features 32.0 and 33.9. Rows that
         # are wider wait for their many warps.
-        return _held_to(64, row_tile(num_features, 32))
-    return _held_to(112, tile)
-
-
-def _held_to(registers: int, tile: dict[str, int]) -> dict[str, int]:
-    """The tile with at most so many registers a thread, and no more than a processor has."""
-    return tile | {"maxnreg": min(registers, _REGISTERS_PER_PROCESSOR // (32 * tile["num_warps"]))}
+        return held_to(64, row_tile(num_features, 32))
+    return held_to(112, tile)
 
 
 def _num_programs(device: torch.device, num_tokens: int, groups: int, tile: dict[str, int]) -> int:

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from bitmoe_kernels.act_quant.triton_kernels import IS_INTERPRETED, round_to, to_float32
+from bitmoe_kernels.act_quant.triton_kernels import IS_INTERPRETED, held_to, round_to, to_float32
 from bitmoe_kernels.relu2_glu.reference import ends_of_experts
 from bitmoe_kernels.relu2_glu.triton_kernels import (
     load_piece,
@@ -31,13 +31,13 @@ from bitmoe_kernels.relu2_glu.triton_kernels import (
 from bitmoe_kernels.ternary_gemm.triton_grad import e4m3_bytes, power_scale
 
 _REGISTERS = 128
-_REGISTERS_PER_PROCESSOR = 65536
 _WARPS_IN_FLIGHT = 2112
 """Warps of a backward launch: 16, with _REGISTERS a thread, on each of an H200's 132 processors, in one wave. More and
 smaller blocks of tokens would write more partial sums: 4 bytes a feature and block, beside 8 or 10 a feature and token.
 """
 _NARROW_TILE = {"BLOCK_ROWS": 1, "BLOCK_FEATURES": 512, "num_warps": 2}
-"""For 1,025 to 2,048 features: 8 a piece and thread, and nothing spilled (1,408: 0.39 ms instead of 0.46, H200)."""
+"""For 1,025 to 2,048 features: 8 a piece and thread, and two words spilled at most (none of 1,408 features: 0.39 ms
+instead of 0.46, H200)."""
 _SLOTS_A_STEP = 32
 _GAINS_A_PROGRAM = 64
 
@@ -123,9 +123,7 @@ def _run(
             gain is not None,
             expert_R is not None,
             outputs[1] is not None,
-            # Rows of more than 24,576 features have 32 warps.
-            maxnreg=min(_REGISTERS, _REGISTERS_PER_PROCESSOR // (32 * tile["num_warps"])),
-            **tile,
+            **held_to(_REGISTERS, tile),
         )
         if gain is not None:
             _relu2_glu_bwd_gain_kernel[(triton.cdiv(size, _GAINS_A_PROGRAM), 1 if expert_R is None else len(ends_E))](
