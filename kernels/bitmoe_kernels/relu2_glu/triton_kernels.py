@@ -145,7 +145,7 @@ def _relu2_glu_fwd_kernel(
     else:
         magnitude = tl.zeros([BLOCK_ROWS, BLOCK_FEATURES], gate_up_ptr.dtype.element_ty)
         for piece in tl.static_range(NUM_PIECES):
-            magnitude = _larger_magnitude(magnitude, tiles[piece])
+            magnitude = larger_magnitude(magnitude, tiles[piece])
         scale = row_scales(magnitude, NUM_FEATURES, FORMAT, LEVELS)
     if weight_ptr is None:
         tl.store(scale_ptr + rows, scale)
@@ -178,14 +178,14 @@ def relu_float32(x):
 
 
 @triton.jit
-def _larger_magnitude(largest, x):
+def larger_magnitude(largest, x):
     """The larger of ``largest``, which is not negative, and |x|; NaN where either is."""
     if x.dtype == tl.bfloat16 and not IS_INTERPRETED:
         asm: tl.constexpr = "{ .reg .b32 size; abs.bf16x2 size, $2; max.NaN.bf16x2 $0, $1, size; }"
         return tl.inline_asm_elementwise(asm, "=r,r,r", [largest, x], dtype=tl.bfloat16, is_pure=True, pack=2)
     else:
         size = tl.maximum(to_float32(largest), tl.abs(to_float32(x)), propagate_nan=tl.PropagateNan.ALL)
-        return size.to(x.dtype)
+        return round_to(size, x.dtype)
 
 
 @triton.jit
