@@ -3,8 +3,7 @@
 What      One read of W, partial sums in a fixed order and one small kernel that adds them up; no atomics, so two runs
           agree.
 Contract  bf16, fp16 or fp32 weights; any sizes; W is made contiguous.
-Numerics  |W| enters fp64 sums by moving its bits, exactly (README eq. 5): converting would be the bottleneck (16 a
-          clock and SM on Hopper, against 64 additions).
+Numerics  every |W| is converted to fp64; 16 a clock and processor (sm_90) are more than memory delivers.
 Not here  codes (triton_operands.py), fp64 weights, argument checks and dispatch (op.py).
 """
 
@@ -17,18 +16,11 @@ import torch
 import triton
 import triton.language as tl
 
+from bitmoe_kernels.act_quant.triton_kernels import to_float32
 from bitmoe_kernels.weight_quant.reference import MIN_SCALE
 
 _SUM_TILE = 4096
 _TILES_A_PART = 4
-
-# Bits of a type as integers; how far they shift to become those of an fp64 number, the bits of infinity, and the
-# power of two that the number is then too small by: 2^(1023 - bias of the exponent).
-FLOAT_BITS = {
-    torch.bfloat16: (torch.int16, {"SHIFT": 45, "INFINITY": 0x7F80, "FACTOR": 2.0**896}),
-    torch.float16: (torch.int16, {"SHIFT": 42, "INFINITY": 0x7C00, "FACTOR": 2.0**1008}),
-    torch.float32: (torch.int32, {"SHIFT": 29, "INFINITY": 0x7F800000, "FACTOR": 2.0**896}),
-}
 
 
 def absmean_sums_triton(w_OI: torch.Tensor, groups: int, axis: int) -> torch.Tensor:
@@ -84,23 +76,22 @@ def _partial_sums(w_BRGd: torch.Tensor, max_tiles: int) -> torch.Tensor:
     """Sums of |w| over d and a few of the R rows, fp64 [B, Q, G]; a part reads at most ``max_tiles`` tiles of rows."""
     w_BRGd = w_BRGd.contiguous()
     num_matrices, num_rows, groups, num_features = w_BRGd.shape
-    block_d = min(triton.next_power_of_2(num_features), _SUM_TILE)
+    # Not one feature: bf16 numbers are converted in pairs.
+    block_d = min(max(2, triton.next_power_of_2(num_features)), _SUM_TILE)
     block_rows = min(triton.next_power_of_2(num_rows), _SUM_TILE // block_d)
     part_rows = block_rows * min(max_tiles, triton.cdiv(num_rows, block_rows))
     num_parts = triton.cdiv(num_rows, part_rows)
     parts_BQG = torch.empty(num_matrices, num_parts, groups, dtype=torch.float64, device=w_BRGd.device)
     if parts_BQG.numel():
-        bits_dtype, bits = FLOAT_BITS[w_BRGd.dtype]
         with torch.cuda.device_of(w_BRGd):
             _abs_sum_kernel[(parts_BQG.numel(),)](
-                w_BRGd.view(bits_dtype),
+                w_BRGd,
                 parts_BQG,
                 num_rows,
                 num_parts,
                 GROUPS=groups,
                 NUM_FEATURES=num_features,
                 PART_ROWS=part_rows,
-                **bits,
                 BLOCK_ROWS=block_rows,
                 BLOCK_D=block_d,
                 num_warps=4,
@@ -133,41 +124,35 @@ def _added_parts(
 
 @triton.jit
 def _abs_sum_kernel(
-    bits_ptr,
+    w_ptr,
     parts_ptr,
     num_rows,
     num_parts,
     GROUPS: tl.constexpr,
     NUM_FEATURES: tl.constexpr,
     PART_ROWS: tl.constexpr,
-    SHIFT: tl.constexpr,
-    INFINITY: tl.constexpr,
-    FACTOR: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     pid = tl.program_id(0)
     group, part, matrix = pid % GROUPS, pid // GROUPS % num_parts, pid // GROUPS // num_parts
     first_row = part * PART_ROWS
-    bits_ptr += ((matrix.to(tl.int64) * num_rows + first_row) * GROUPS + group) * NUM_FEATURES
+    w_ptr += ((matrix.to(tl.int64) * num_rows + first_row) * GROUPS + group) * NUM_FEATURES
     rows = tl.arange(0, BLOCK_ROWS)[:, None]
     sums = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float64)
     for tile_row in range(0, PART_ROWS, BLOCK_ROWS):
         for tile_feature in range(0, NUM_FEATURES, BLOCK_D):
             features = tile_feature + tl.arange(0, BLOCK_D)[None, :]
             mask = (first_row + tile_row + rows < num_rows) & (features < NUM_FEATURES)
-            bits = tl.load(bits_ptr + (tile_row + rows) * (GROUPS * NUM_FEATURES) + features, mask=mask, other=0)
-            sums += abs_as_fp64(bits, SHIFT, INFINITY)
-    tl.store(parts_ptr + pid, tl.sum(sums) * FACTOR)
+            w = tl.load(w_ptr + (tile_row + rows) * (GROUPS * NUM_FEATURES) + features, mask=mask, other=0.0)
+            sums += abs_as_fp64(w)
+    tl.store(parts_ptr + pid, tl.sum(sums))
 
 
 @triton.jit
-def abs_as_fp64(bits, SHIFT: tl.constexpr, INFINITY: tl.constexpr):
-    """README eq. 5: |x| / FACTOR in fp64 from the bits of x; Inf and NaN stay what they are."""
-    ALL_EXPONENTS: tl.constexpr = (0x7FF << 52) - (INFINITY << SHIFT)
-    magnitude = bits & (0x7FFFFFFF if bits.dtype.primitive_bitwidth == 32 else 0x7FFF)
-    wide = magnitude.to(tl.int64) << SHIFT
-    return tl.where(magnitude >= INFINITY, wide + ALL_EXPONENTS, wide).to(tl.float64, bitcast=True)
+def abs_as_fp64(w):
+    """|w| in fp64."""
+    return tl.abs(to_float32(w).to(tl.float64))
 
 
 @triton.jit
