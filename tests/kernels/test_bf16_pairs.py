@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 
 from bitmoe_kernels.act_quant.triton_kernels import round_to
+from bitmoe_kernels.act_quant.triton_pieces import larger_magnitude
 from bitmoe_kernels.norm_quant.triton_kernels import times_gain
-from bitmoe_kernels.relu2_glu.triton_kernels import larger_magnitude, relu_float32
+from bitmoe_kernels.relu2_glu.triton_kernels import relu_float32
 
 # 0, the smallest and the largest denormal, the smallest normal number, 1, its neighbour, the largest number, Inf, NaN.
 _BITS = [0, 0x0001, 0x007F, 0x0080, 0x3F80, 0x3F81, 0x7F7F, 0x7F80, 0x7FC0]

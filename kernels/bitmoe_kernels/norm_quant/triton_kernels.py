@@ -3,9 +3,9 @@
 What      README eq. 1-7. Codes, scale, rstd and y equal reference.py bit for bit: the forward takes its operations one
           by one. The backward pass computes in fp32 and rounds dx once.
 Contract  bf16, fp16 or fp32 tensors, mixed as they come; any sizes; inputs are made contiguous.
-Tiling    whole rows (groups) in registers, 32 or 64 elements a thread: 3 bytes an element for bf16. Backward, a program
-          stays with its group of features and takes tiles of tokens one after the other, adding its share of dgain in
-          registers; torch adds the shares, in an order that does not change.
+Tiling    whole rows (groups) in registers, cut into pieces (triton_pieces.py) but for the search of top-K: 3 bytes an
+          element for bf16. Backward, a program stays with its group of features and takes tiles of tokens one after the
+          other, adding its share of dgain in registers; torch adds the shares, in an order that does not change.
 Not here  fp64 input, argument checks and dispatch (op.py).
 """
 
@@ -24,16 +24,22 @@ from bitmoe_kernels.act_quant.triton_kernels import (
     neighbour_square_sums,
     round_to,
     row_means,
-    row_scales,
     row_tile,
-    store_row_codes,
-    tile_offsets,
     to_float32,
+)
+from bitmoe_kernels.act_quant.triton_pieces import (
+    load_piece,
+    piece_tile,
+    rows_of_program,
+    scales_of_pieces,
+    store_codes,
+    store_piece,
+    sums_of_pieces,
 )
 from bitmoe_kernels.sparsify.triton_kernels import ELEMENTS_PER_THREAD as TOPK_ELEMENTS_PER_THREAD
 from bitmoe_kernels.sparsify.triton_kernels import topk_rows
 
-_MOST_FEATURES_IN_32_A_THREAD = 4096
+_MOST_FEATURES_IN_8_A_PIECE = 4096
 # The backward pass keeps sums of dgain beside the tile: 16 warps of 128 registers a thread fill a processor.
 _BACKWARD_ELEMENTS_PER_THREAD = 32
 _BACKWARD_REGISTERS = 128
@@ -59,7 +65,7 @@ def norm_quantize_triton(
     rstd_TG = torch.empty_like(scale_TG)
     if num_rows := scale_TG.numel():
         num_features = x_TD.shape[-1] // groups
-        tile = _forward_tile(x_TD.dtype, num_features, keep < 1)
+        tile = _one_piece_tile(num_features) if keep < 1 else _pieces(num_features)
         with torch.cuda.device_of(x_TD):
             _norm_quant_fwd_kernel[(triton.cdiv(num_rows, tile["BLOCK_ROWS"]),)](
                 x_TD,
@@ -91,7 +97,7 @@ def rms_norm_triton(x_TD: torch.Tensor, gain_D: torch.Tensor, eps: float) -> tup
     y_TD = torch.empty_like(x_TD)
     rstd_T1 = torch.empty(*x_TD.shape[:-1], 1, dtype=torch.float32, device=x_TD.device)
     if num_rows := rstd_T1.numel():
-        tile = _forward_tile(x_TD.dtype, x_TD.shape[-1], is_sparse=False)
+        tile = _pieces(x_TD.shape[-1])
         with torch.cuda.device_of(x_TD):
             _rms_norm_fwd_kernel[(triton.cdiv(num_rows, tile["BLOCK_ROWS"]),)](
                 x_TD,
@@ -141,24 +147,20 @@ def norm_backward_triton(
     return dx_TD, dgain_PD.sum(0)
 
 
-def _forward_tile(dtype: torch.dtype, num_features: int, is_sparse: bool) -> dict[str, int]:
-    """Launch constants of whole rows; 16-bit ones get as many warps on a processor as few spilled registers allow."""
-    # Not one feature a row: bf16 numbers are converted in pairs.
-    num_features = max(2, num_features)
-    if is_sparse:  # The search for the largest needs registers.
-        return row_tile(num_features, TOPK_ELEMENTS_PER_THREAD)
-    tile = row_tile(num_features, 64)
-    if dtype == torch.float32 or tile["BLOCK_ROWS"] > 1:
-        return tile
-    if 4 * num_features <= 3 * tile["BLOCK_FEATURES"]:
-        # 8,192 rows of 2,560 features take 25 us, and 30 in twice the warps; 11,008 features 95, and 106 in as many
-        # registers as they like (H200).
-        return held_to(80, tile)
-    if num_features <= _MOST_FEATURES_IN_32_A_THREAD:
-        # 2,048 features in 2 warps a row 17.0 us, in one of 125 registers 17.6; 4,096 features 32.0 and 33.9. Rows that
-        # are wider wait for their many warps.
-        return held_to(64, row_tile(num_features, 32))
-    return held_to(112, tile)
+def _pieces(num_features: int) -> dict[str, int]:
+    """Launch constants of rows in pieces: 64 elements a thread up to 4,096 features, 88 at most of longer rows.
+
+    8,192 rows, RMSNorm + INT4: 2,048 features in 4 pieces 16.2 us, in 8 pieces 16.8; 5,504 features in 11 pieces 39.6,
+    in 6 pieces 43.3; 11,008 features in 22 pieces 74.7, in 11 pieces of twice the warps 80.5 (H200).
+    """
+    elements_per_thread = 8 if num_features <= _MOST_FEATURES_IN_8_A_PIECE else 4
+    return piece_tile(num_features, narrowest=512, most_pieces=22, elements_per_thread=elements_per_thread)
+
+
+def _one_piece_tile(num_features: int) -> dict[str, int]:
+    """Launch constants of rows in one piece, with the registers that the search for the largest needs."""
+    # Not one feature: bf16 numbers are converted in pairs.
+    return {"NUM_PIECES": 1, **row_tile(max(2, num_features), TOPK_ELEMENTS_PER_THREAD)}
 
 
 def _num_programs(device: torch.device, num_tokens: int, groups: int, tile: dict[str, int]) -> int:
@@ -186,27 +188,41 @@ def _norm_quant_fwd_kernel(
     FORMAT: tl.constexpr,
     LEVELS: tl.constexpr,
     IS_FLOAT8: tl.constexpr,
+    NUM_PIECES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_FEATURES: tl.constexpr,
 ):
-    rows, mask_rows, offs, mask = tile_offsets(num_rows, NUM_FEATURES, BLOCK_ROWS, BLOCK_FEATURES)
-    gain = _row_gains(gain_ptr, rows, NUM_FEATURES, NUM_GROUPS, BLOCK_FEATURES)
-    x = tl.load(x_ptr + offs, mask=mask, other=0.0)
-    rstd = _row_rstd(x, EPS, NUM_FEATURES)
-    tl.store(rstd_ptr + rows, rstd, mask=mask_rows)
-    y = _normalized(x, rstd, gain, IS_SUB_NORM)
-    if y_ptr is not None:
-        tl.store(y_ptr + offs, y, mask=mask)
-    scale = row_scales(y, NUM_FEATURES, FORMAT, LEVELS)
-    tl.store(scale_ptr + rows, scale, mask=mask_rows)
-    codes = finite_row_codes(y, scale, FORMAT, IS_FLOAT8)
-    if IS_SPARSE:
-        if y.dtype == tl.float32:
-            is_kept = topk_rows(y.to(tl.int32, bitcast=True) & 0x7FFFFFFF, num_kept, NUM_FEATURES, 31)
-        else:
-            is_kept = topk_rows(y.to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF, num_kept, NUM_FEATURES, 15)
-        codes = tl.where(is_kept, codes, 0)
-    store_row_codes(codes_ptr + offs, codes, scale, mask)
+    rows = rows_of_program(num_rows, BLOCK_ROWS)
+    offs_rows = (rows * NUM_FEATURES)[:, None]
+    rstd, pieces = _normalized_pieces(
+        x_ptr + offs_rows,
+        _gain_ptrs(gain_ptr, rows, NUM_FEATURES, NUM_GROUPS),
+        EPS,
+        IS_SUB_NORM,
+        NUM_FEATURES,
+        NUM_PIECES,
+        BLOCK_FEATURES,
+    )
+    tl.store(rstd_ptr + rows, rstd)
+    scale = scales_of_pieces(pieces, NUM_FEATURES, FORMAT, LEVELS)
+    tl.store(scale_ptr + rows, scale)
+    for piece in tl.static_range(NUM_PIECES):
+        y = pieces[piece]
+        if y_ptr is not None:
+            store_piece(y_ptr + offs_rows, y, piece, NUM_FEATURES, BLOCK_FEATURES)
+        codes = finite_row_codes(y, scale, FORMAT, IS_FLOAT8)
+        if IS_SPARSE:
+            codes = tl.where(_is_kept(y, num_kept, NUM_FEATURES), codes, 0)
+        store_codes(codes_ptr + offs_rows, codes, scale == scale, piece, NUM_FEATURES, BLOCK_FEATURES)
+
+
+@triton.jit
+def _is_kept(y, num_kept, NUM_FEATURES: tl.constexpr):
+    """Which of whole rows [BR, BF] are among the ``num_kept`` largest magnitudes."""
+    if y.dtype == tl.float32:
+        return topk_rows(y.to(tl.int32, bitcast=True) & 0x7FFFFFFF, num_kept, NUM_FEATURES, 31)
+    else:
+        return topk_rows(y.to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF, num_kept, NUM_FEATURES, 15)
 
 
 @triton.jit
@@ -218,29 +234,52 @@ def _rms_norm_fwd_kernel(
     num_rows,
     EPS: tl.constexpr,
     NUM_FEATURES: tl.constexpr,
+    NUM_PIECES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_FEATURES: tl.constexpr,
 ):
-    rows, mask_rows, offs, mask = tile_offsets(num_rows, NUM_FEATURES, BLOCK_ROWS, BLOCK_FEATURES)
-    gain = _row_gains(gain_ptr, rows, NUM_FEATURES, 1, BLOCK_FEATURES)
-    x = tl.load(x_ptr + offs, mask=mask, other=0.0)
-    rstd = _row_rstd(x, EPS, NUM_FEATURES)
-    tl.store(rstd_ptr + rows, rstd, mask=mask_rows)
-    tl.store(y_ptr + offs, _normalized(x, rstd, gain, False), mask=mask)
+    rows = rows_of_program(num_rows, BLOCK_ROWS)
+    offs_rows = (rows * NUM_FEATURES)[:, None]
+    gain_ptrs = _gain_ptrs(gain_ptr, rows, NUM_FEATURES, 1)
+    rstd, pieces = _normalized_pieces(
+        x_ptr + offs_rows, gain_ptrs, EPS, False, NUM_FEATURES, NUM_PIECES, BLOCK_FEATURES
+    )
+    tl.store(rstd_ptr + rows, rstd)
+    for piece in tl.static_range(NUM_PIECES):
+        store_piece(y_ptr + offs_rows, pieces[piece], piece, NUM_FEATURES, BLOCK_FEATURES)
 
 
 @triton.jit
-def _row_gains(gain_ptr, rows, NUM_FEATURES: tl.constexpr, NUM_GROUPS: tl.constexpr, BLOCK_FEATURES: tl.constexpr):
-    """The gains [BR, BF], or [1, BF] where all rows have the same, in their own dtype."""
-    features = tl.arange(0, BLOCK_FEATURES)[None, :]
-    offs = features if NUM_GROUPS == 1 else (rows % NUM_GROUPS).to(tl.int32)[:, None] * NUM_FEATURES + features
-    return tl.load(gain_ptr + offs, mask=features < NUM_FEATURES, other=0.0)
+def _gain_ptrs(gain_ptr, rows, NUM_FEATURES: tl.constexpr, NUM_GROUPS: tl.constexpr):
+    """Where the gains of rows begin, [BR, 1], or [1, 1] where all rows have the same."""
+    if NUM_GROUPS == 1:
+        return gain_ptr + tl.zeros([1, 1], tl.int32)
+    else:
+        return gain_ptr + ((rows % NUM_GROUPS) * NUM_FEATURES)[:, None]
 
 
 @triton.jit
-def _row_rstd(x, EPS: tl.constexpr, NUM_FEATURES: tl.constexpr):
-    """Equation 1: fp32 [BR] of rows [BR, BF] that are 0 past their end."""
-    return rstd_of_sums(tl.sum(neighbour_square_sums(x), axis=1), EPS, NUM_FEATURES)
+def _normalized_pieces(
+    x_ptrs,
+    gain_ptrs,
+    EPS: tl.constexpr,
+    IS_SUB_NORM: tl.constexpr,
+    NUM_FEATURES: tl.constexpr,
+    NUM_PIECES: tl.constexpr,
+    BLOCK_FEATURES: tl.constexpr,
+):
+    """Equation 1, fp32 [BR], and equation 2 or 3: pieces [BR, P] in the dtype of x."""
+    pieces, squares = (), ()
+    for piece in tl.static_range(NUM_PIECES):
+        pieces = pieces + (load_piece(x_ptrs, piece, NUM_FEATURES, BLOCK_FEATURES),)
+    for piece in tl.static_range(NUM_PIECES):
+        squares = squares + (neighbour_square_sums(pieces[piece]),)
+    rstd = rstd_of_sums(sums_of_pieces(squares), EPS, NUM_FEATURES)
+    normalized = ()
+    for piece in tl.static_range(NUM_PIECES):
+        gain = load_piece(gain_ptrs, piece, NUM_FEATURES, BLOCK_FEATURES)
+        normalized = normalized + (_normalized(pieces[piece], rstd, gain, IS_SUB_NORM),)
+    return rstd, normalized
 
 
 @triton.jit

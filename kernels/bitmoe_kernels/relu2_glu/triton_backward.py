@@ -19,15 +19,9 @@ import triton
 import triton.language as tl
 
 from bitmoe_kernels.act_quant.triton_kernels import IS_INTERPRETED, held_to, round_to, to_float32
+from bitmoe_kernels.act_quant.triton_pieces import load_piece, load_piece_again, store_codes, store_piece
 from bitmoe_kernels.relu2_glu.reference import ends_of_experts
-from bitmoe_kernels.relu2_glu.triton_kernels import (
-    load_piece,
-    load_piece_again,
-    piece_tile,
-    relu_float32,
-    store_codes,
-    store_piece,
-)
+from bitmoe_kernels.relu2_glu.triton_kernels import few_pieces, relu_float32
 from bitmoe_kernels.ternary_gemm.triton_grad import e4m3_bytes, power_scale
 
 _REGISTERS = 128
@@ -145,7 +139,7 @@ def _run(
 
 def _tile(num_features: int) -> dict[str, int]:
     if not 1024 < num_features <= 2048:
-        return piece_tile(num_features)
+        return few_pieces(num_features)
     return {"NUM_PIECES": triton.cdiv(num_features, _NARROW_TILE["BLOCK_FEATURES"]), **_NARROW_TILE}
 
 

@@ -77,11 +77,12 @@ def _quantize_columns_kernel(
     slot = tl.program_id(1)
     first, end, column, padded_end = slot * BLOCK_ROWS, num_rows, slot * BLOCK_ROWS, 4 * num_words
     if table_ptr is not None:
+        # All are under way before it is known whether the list has this slot: its memory has.
+        expert, first = tl.load(table_ptr + slot), tl.load(table_ptr + max_tiles + slot)
+        end, column = tl.load(table_ptr + 2 * max_tiles + slot), tl.load(table_ptr + 3 * max_tiles + slot)
         if slot >= tl.load(count_ptr):
             return
-        first, end = tl.load(table_ptr + max_tiles + slot), tl.load(table_ptr + 2 * max_tiles + slot)
-        column = tl.load(table_ptr + 3 * max_tiles + slot)
-        padded_end = tl.load(padded_ends_ptr + tl.load(table_ptr + slot))
+        padded_end = tl.load(padded_ends_ptr + expert)
     fours = tl.arange(0, BLOCK_ROWS // 4)
     features = tl.program_id(0) * BLOCK_FEATURES + tl.arange(0, BLOCK_FEATURES)
     mask_features = features < num_outputs
