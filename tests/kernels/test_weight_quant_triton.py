@@ -99,6 +99,16 @@ def test_ternary_codes_beside_half_a_scale(kernels, triton_device):
     assert torch.equal(codes.cpu(), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("num_columns", [256, 255], ids=["in pairs", "one by one"])
+@pytest.mark.parametrize("scale", [1e-5, 0.37, 1.0, 1e5, 3e38, 2.0**-126, math.inf, math.nan, -math.nan])
+def test_codes_of_every_16_bit_number(kernels, triton_device, dtype, num_columns, scale):
+    w_OI = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).view(256, 256)[:, :num_columns]
+    scale_G = torch.full((1,), scale)
+    codes = codes_of(kernels, w_OI.to(triton_device), scale_G.to(triton_device), -2)
+    assert torch.equal(codes.cpu(), ternary_codes_reference(w_OI, scale_G, -2))
+
+
 @pytest.mark.parametrize("axis", [-2, -1])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_nonfinite_group_has_a_nan_scale_and_codes_0(kernels, triton_device, axis, bad):

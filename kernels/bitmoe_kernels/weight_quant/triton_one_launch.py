@@ -20,7 +20,7 @@ from bitmoe_kernels.weight_quant.reference import MIN_SCALE
 from bitmoe_kernels.weight_quant.triton_absmean import abs_as_fp64, scale_of_sum
 from bitmoe_kernels.weight_quant.triton_operands import num_tiles, operand_memory, write_operands
 
-TILE = {"BLOCK_O": 128, "BLOCK_I": 128, "num_warps": 8}
+TILE = {"BLOCK_O": 128, "BLOCK_I": 128, "num_warps": 4}
 _SUM_TILE = 4096
 _TILES_A_PART = 4
 # Units whose weights are read before the codes of one are made; 1 and 4 were slower.
@@ -75,7 +75,7 @@ def absmean_operands_triton(
             GROUPS=groups,
             NUM_COLUMNS=num_columns,
             UNIT_ROWS=num_rows // groups,
-            **memory.constants(),
+            **memory.constants(w_OI),
             MIN_SCALE=MIN_SCALE,
             UNITS_AHEAD=_UNITS_AHEAD,
             TILES_A_PART=_TILES_A_PART,
@@ -104,6 +104,7 @@ def _absmean_operands_kernel(
     GROUPS: tl.constexpr,
     NUM_COLUMNS: tl.constexpr,
     UNIT_ROWS: tl.constexpr,
+    IS_PAIRED: tl.constexpr,
     ROWS_ARE_FLOAT8: tl.constexpr,
     HAS_FORMER: tl.constexpr,
     FORMER_IS_FLOAT8: tl.constexpr,
@@ -150,8 +151,9 @@ def _absmean_operands_kernel(
             num_rows,
             GROUPS,
             NUM_COLUMNS,
-            True,
+            "tile",
             UNIT_ROWS,
+            IS_PAIRED,
             ROWS_ARE_FLOAT8,
             HAS_FORMER,
             FORMER_IS_FLOAT8,

@@ -2,10 +2,9 @@
 
 What      One read of W and of the former codes, one write of codes in each layout, and counts.
 Contract  bf16, fp16 or fp32 weights; any sizes; W is made contiguous. Former codes may be overwritten in place.
-Numerics  fp32 W / scale rounded half to even is above 1/2 exactly where |W| > scale / 2: rounding the quotient
-          cannot cross from above 1/2 to 1/2, for |W| is then at least the next float after scale / 2. So no division.
-Tiling    Four rows of codes make words of four bytes along the outputs, which are transposed as a whole: a quarter of
-          the traffic through shared memory that single bytes would take.
+Tiling    Where rows are even, 16-bit weights are read, compared and written two at a time (triton_pair_codes.py). Four
+          rows of codes make words of four bytes along the outputs, which are transposed as a whole: a quarter of the
+          traffic through shared memory that single bytes would take.
 Not here  scales (triton_absmean.py), fp64 weights, argument checks and dispatch (op.py).
 """
 
@@ -20,10 +19,20 @@ import triton
 import triton.language as tl
 
 from bitmoe_kernels.ternary_gemm.reference import padded_length
+from bitmoe_kernels.weight_quant.triton_pair_codes import (
+    bytes_of_pairs,
+    columns_of_four_rows,
+    float8_codes,
+    float8_of_int8,
+    int8_codes,
+    limit_bits,
+    paired,
+    pairs_of_bytes,
+    signs_of_pairs,
+    signs_of_weights,
+)
 
 OPERANDS_TILE = {"BLOCK_O": 64, "BLOCK_I": 128, "num_warps": 4}
-# A changed code counts this much in a sum where one other than zero counts 1: more than a tile has codes.
-_CHANGED = tl.constexpr(1 << 16)
 
 
 class OperandMemory(NamedTuple):
@@ -42,9 +51,11 @@ class OperandMemory(NamedTuple):
         columns = None if self.columns is None else self.columns.view(torch.int32)
         return former_rows, self.rows.view(torch.int8), columns, self.counts_3N
 
-    def constants(self) -> dict[str, bool]:
+    def constants(self, w_OI: torch.Tensor) -> dict[str, bool]:
         """Constants of the compiled kernel."""
+        places = [w_OI.data_ptr() // 2, *(x.data_ptr() for x in (self.former_rows, self.rows) if x is not None)]
         return {
+            "IS_PAIRED": w_OI.element_size() == 2 and not any(x % 2 for x in (w_OI.shape[-1], *places)),
             "ROWS_ARE_FLOAT8": self.rows.dtype == torch.float8_e4m3fn,
             "HAS_FORMER": self.former_rows is not None,
             "FORMER_IS_FLOAT8": self.former_rows is not None and self.former_rows.dtype == torch.float8_e4m3fn,
@@ -103,6 +114,9 @@ def ternary_operands_triton(
     w_OI, scale_G = w_OI.contiguous(), scale_G.contiguous()
     num_rows, num_columns = w_OI.shape[-2:]
     memory = operand_memory(w_OI, row_dtype, with_columns, former, is_counted, OPERANDS_TILE)
+    scale_size = w_OI.shape[axis] // scale_G.shape[-1]
+    is_one_a_tile = axis == -2 and (scale_G.shape[-1] == 1 or scale_size % OPERANDS_TILE["BLOCK_O"] == 0)
+    scales = "tile" if is_one_a_tile else "rows" if axis == -2 else "columns"
     if tiles := num_tiles(w_OI, OPERANDS_TILE):
         with torch.cuda.device_of(w_OI):
             _ternary_operands_kernel[(tiles,)](
@@ -112,9 +126,9 @@ def ternary_operands_triton(
                 num_rows,
                 scale_G.shape[-1],
                 NUM_COLUMNS=num_columns,
-                BY_ROW=axis == -2,
-                SCALE_SIZE=w_OI.shape[axis] // scale_G.shape[-1],
-                **memory.constants(),
+                SCALES=scales,
+                SCALE_SIZE=scale_size,
+                **memory.constants(w_OI),
                 **OPERANDS_TILE,
             )
     return memory.result()
@@ -131,8 +145,9 @@ def _ternary_operands_kernel(
     num_rows,
     num_scales,
     NUM_COLUMNS: tl.constexpr,
-    BY_ROW: tl.constexpr,
+    SCALES: tl.constexpr,
     SCALE_SIZE: tl.constexpr,
+    IS_PAIRED: tl.constexpr,
     ROWS_ARE_FLOAT8: tl.constexpr,
     HAS_FORMER: tl.constexpr,
     FORMER_IS_FLOAT8: tl.constexpr,
@@ -152,8 +167,9 @@ def _ternary_operands_kernel(
         num_rows,
         num_scales,
         NUM_COLUMNS,
-        BY_ROW,
+        SCALES,
         SCALE_SIZE,
+        IS_PAIRED,
         ROWS_ARE_FLOAT8,
         HAS_FORMER,
         FORMER_IS_FLOAT8,
@@ -176,8 +192,9 @@ def write_operands(
     num_rows,
     num_scales,
     NUM_COLUMNS: tl.constexpr,
-    BY_ROW: tl.constexpr,
+    SCALES: tl.constexpr,
     SCALE_SIZE: tl.constexpr,
+    IS_PAIRED: tl.constexpr,
     ROWS_ARE_FLOAT8: tl.constexpr,
     HAS_FORMER: tl.constexpr,
     FORMER_IS_FLOAT8: tl.constexpr,
@@ -186,101 +203,133 @@ def write_operands(
     BLOCK_I: tl.constexpr,
 ):
     """Codes of one tile of all matrices, and its counts."""
+    dtype: tl.constexpr = w_ptr.dtype.element_ty
+    # What is read and written at once: two weights as a word and the bytes of their codes, or one.
+    WIDTH: tl.constexpr = 2 if IS_PAIRED else 1
+    PITCH: tl.constexpr = NUM_COLUMNS // WIDTH
+    if IS_PAIRED:
+        w_ptr = w_ptr.to(tl.pointer_type(tl.uint32))
+        rows_ptr = rows_ptr.to(tl.pointer_type(tl.int16))
     blocks_o, blocks_i = tl.cdiv(num_rows, BLOCK_O), tl.cdiv(NUM_COLUMNS, BLOCK_I)
     first_o, first_i = tile // blocks_i % blocks_o * BLOCK_O, tile % blocks_i * BLOCK_I
     matrix = (tile // blocks_i // blocks_o).to(tl.int64)
-    # The first row of every four.
-    rows, columns = 4 * tl.arange(0, BLOCK_O // 4), tl.arange(0, BLOCK_I)
-    offs_o, offs_i = rows[:, None], columns[None, :]
-    offs = offs_o * NUM_COLUMNS + offs_i
-    first = (matrix * num_rows + first_o) * NUM_COLUMNS + first_i
-    w_ptr += first
-    rows_ptr += first
-    scale_ptr += matrix * num_scales
     rows_left, columns_left = num_rows - first_o, NUM_COLUMNS - first_i
-    mask_i = offs_i < columns_left
-    # Spelled out, so that all loads are under way before the first result is needed.
-    mask_0, mask_1 = (offs_o < rows_left) & mask_i, (offs_o + 1 < rows_left) & mask_i
-    mask_2, mask_3 = (offs_o + 2 < rows_left) & mask_i, (offs_o + 3 < rows_left) & mask_i
-    w_0 = tl.load(w_ptr + offs, mask=mask_0, other=0.0, eviction_policy="evict_first")
-    w_1 = tl.load(w_ptr + offs + NUM_COLUMNS, mask=mask_1, other=0.0, eviction_policy="evict_first")
-    w_2 = tl.load(w_ptr + offs + 2 * NUM_COLUMNS, mask=mask_2, other=0.0, eviction_policy="evict_first")
-    w_3 = tl.load(w_ptr + offs + 3 * NUM_COLUMNS, mask=mask_3, other=0.0, eviction_policy="evict_first")
-    former_0, former_1, former_2, former_3 = 0, 0, 0, 0
+    scale_ptr += matrix * num_scales
+    # The first row of every four.
+    offs_o, offs_i = 4 * tl.arange(0, BLOCK_O // 4)[:, None], tl.arange(0, BLOCK_I // WIDTH)[None, :]
+    offs = (matrix * num_rows + first_o) * PITCH + first_i // WIDTH + (offs_o * PITCH + offs_i)
+    # All loads are under way before the first result is needed.
+    masks, weights, former = (), (), ()
+    for row in tl.static_range(4):
+        mask = (offs_o < rows_left - row) & (offs_i < columns_left // WIDTH)
+        masks = masks + (mask,)
+        w = tl.load(w_ptr + offs + row * PITCH, mask=mask, other=0, eviction_policy="evict_first")
+        weights = weights + (w,)
     if HAS_FORMER:
-        former_ptr += first
-        former_0 = tl.load(former_ptr + offs, mask=mask_0, other=0)
-        former_1 = tl.load(former_ptr + offs + NUM_COLUMNS, mask=mask_1, other=0)
-        former_2 = tl.load(former_ptr + offs + 2 * NUM_COLUMNS, mask=mask_2, other=0)
-        former_3 = tl.load(former_ptr + offs + 3 * NUM_COLUMNS, mask=mask_3, other=0)
+        for row in tl.static_range(4):
+            former = former + (_former_codes(former_ptr, offs + row * PITCH, masks[row], IS_PAIRED, FORMER_IS_FLOAT8),)
         # The rows may be written over them, by threads that did not read the same place (seen for I = 5460).
         tl.debug_barrier()
-    # One-dimensional loads: as [1, BLOCK_I] they made Triton change the layout of every tile.
-    if BY_ROW:
-        half_0 = _half_scale(scale_ptr, first_o + rows, rows < rows_left, SCALE_SIZE)[:, None]
-        half_1 = _half_scale(scale_ptr, first_o + rows + 1, rows + 1 < rows_left, SCALE_SIZE)[:, None]
-        half_2 = _half_scale(scale_ptr, first_o + rows + 2, rows + 2 < rows_left, SCALE_SIZE)[:, None]
-        half_3 = _half_scale(scale_ptr, first_o + rows + 3, rows + 3 < rows_left, SCALE_SIZE)[:, None]
-    else:
-        half_0 = _half_scale(scale_ptr, first_i + columns, columns < columns_left, SCALE_SIZE)[None, :]
-        half_1, half_2, half_3 = half_0, half_0, half_0
-    word = tl.zeros([BLOCK_O // 4, BLOCK_I], tl.int32)
-    word = _write_row(w_0, half_0, rows_ptr + offs, mask_0, word, ROWS_ARE_FLOAT8)
-    word = _write_row(w_1, half_1, rows_ptr + offs + NUM_COLUMNS, mask_1, word, ROWS_ARE_FLOAT8)
-    word = _write_row(w_2, half_2, rows_ptr + offs + 2 * NUM_COLUMNS, mask_2, word, ROWS_ARE_FLOAT8)
-    word = _write_row(w_3, half_3, rows_ptr + offs + 3 * NUM_COLUMNS, mask_3, word, ROWS_ARE_FLOAT8)
-    if not ROWS_ARE_FLOAT8:
-        # From +-2.0, 0x40, to +-1.0, 0x38.
-        word -= (word >> 3) & 0x08080808
-    tally = tl.zeros_like(word)
-    if counts_ptr is not None:
-        tally = _count_bytes((word >> 3) & 0x01010101)
-    if HAS_FORMER:
-        former = (
-            (former_3.to(tl.int32) << 24)
-            | ((former_2.to(tl.int32) & 0xFF) << 16)
-            | ((former_1.to(tl.int32) & 0xFF) << 8)
-            | (former_0.to(tl.int32) & 0xFF)
+    codes = ()
+    for row in tl.static_range(4):
+        limits = _limits(
+            scale_ptr,
+            row,
+            first_o,
+            first_i,
+            rows_left,
+            columns_left,
+            dtype,
+            IS_PAIRED,
+            SCALES,
+            SCALE_SIZE,
+            BLOCK_O,
+            BLOCK_I,
         )
-        if not FORMER_IS_FLOAT8:
-            # int8 -1 has all bits set, 1 the lowest one only.
-            former = ((former & 0x01010101) * 0x38) | (former & -0x7F7F7F80)
-        former ^= word
-        tally += _CHANGED * _count_bytes(((former >> 3) | (former >> 7)) & 0x01010101)
+        if IS_PAIRED:
+            nonzero, negative = signs_of_pairs(weights[row], limits, dtype)
+        else:
+            nonzero, negative = signs_of_weights(weights[row], limits)
+        code = float8_codes(nonzero, negative)
+        row_code = code if ROWS_ARE_FLOAT8 else int8_codes(nonzero, negative)
+        row_bytes = bytes_of_pairs(row_code) if IS_PAIRED else (row_code >> 8).to(tl.int8)
+        tl.store(rows_ptr + offs + row * PITCH, row_bytes, mask=masks[row], eviction_policy="evict_first")
+        codes = codes + (code if IS_PAIRED else paired(code),)
     if WITH_COLUMNS:
         padded_words = (num_rows + 15) // 16 * 4
+        left, right = columns_of_four_rows(codes[0], codes[1], codes[2], codes[3])
+        words = tl.reshape(tl.join(left, right), [BLOCK_O // 4, BLOCK_I])
+        offs_columns, offs_words = tl.arange(0, BLOCK_I)[:, None], tl.arange(0, BLOCK_O // 4)[None, :]
         columns_ptr += (matrix * NUM_COLUMNS + first_i) * padded_words + first_o // 4
-        offs_columns = tl.arange(0, BLOCK_I)[:, None]
-        offs_words = tl.arange(0, BLOCK_O // 4)[None, :]
         mask = (offs_columns < columns_left) & (offs_words < padded_words - first_o // 4)
         columns_ptrs = columns_ptr + offs_columns * padded_words + offs_words
-        tl.store(columns_ptrs, tl.trans(word), mask=mask, eviction_policy="evict_first")
+        tl.store(columns_ptrs, tl.trans(words), mask=mask, eviction_policy="evict_first")
     if counts_ptr is not None:
-        tally_of_tile = tl.sum(tally)
         num_codes = tl.minimum(rows_left, BLOCK_O) * tl.minimum(columns_left, BLOCK_I)
-        tl.store(counts_ptr + tile, num_codes - tally_of_tile % _CHANGED)
-        tl.store(counts_ptr + num_tiles + tile, tally_of_tile // _CHANGED)
+        nonzeros, changes = tl.zeros_like(codes[0]), tl.zeros_like(codes[0])
+        for row in tl.static_range(4):
+            nonzeros += codes[row] >> 11 & 0x00010001
+            if HAS_FORMER:
+                difference = codes[row] ^ former[row]
+                changes += (difference >> 11 | difference >> 15) & 0x00010001
+        tl.store(counts_ptr + tile, num_codes - _sum_of_halves(nonzeros))
+        tl.store(counts_ptr + num_tiles + tile, _sum_of_halves(changes))
         tl.store(counts_ptr + 2 * num_tiles + tile, num_codes)
 
 
 @triton.jit
-def _half_scale(scale_ptr, offs, mask, SCALE_SIZE: tl.constexpr):
+def _former_codes(former_ptr, offs, mask, IS_PAIRED: tl.constexpr, ARE_FLOAT8: tl.constexpr):
+    """Former codes of a row of every four as words of :func:`float8_codes`."""
+    if IS_PAIRED:
+        words = pairs_of_bytes(tl.load(former_ptr.to(tl.pointer_type(tl.int16)) + offs, mask=mask, other=0))
+    else:
+        words = paired((tl.load(former_ptr + offs, mask=mask, other=0).to(tl.uint32) & 0xFF) << 8)
+    return words if ARE_FLOAT8 else float8_of_int8(words)
+
+
+@triton.jit
+def _limits(
+    scale_ptr,
+    row: tl.constexpr,
+    first_o,
+    first_i,
+    rows_left,
+    columns_left,
+    dtype: tl.constexpr,
+    IS_PAIRED: tl.constexpr,
+    SCALES: tl.constexpr,
+    SCALE_SIZE: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+):
+    """What magnitudes of the rows ``row`` of every four are compared with: words of limits for pairs, or scales / 2."""
+    # One-dimensional loads: as [1, BLOCK_I] they made Triton change the layout of every tile.
+    if SCALES == "tile":
+        half = _half_scale(scale_ptr, first_o // SCALE_SIZE, None)
+        return limit_bits(half, dtype) * 0x10001 if IS_PAIRED else half
+    elif SCALES == "rows":
+        rows = row + 4 * tl.arange(0, BLOCK_O // 4)
+        half = _half_scale(scale_ptr, (first_o + rows) // SCALE_SIZE, rows < rows_left)[:, None]
+        return limit_bits(half, dtype) * 0x10001 if IS_PAIRED else half
+    elif IS_PAIRED:
+        left = 2 * tl.arange(0, BLOCK_I // 2)
+        left_half = _half_scale(scale_ptr, (first_i + left) // SCALE_SIZE, left < columns_left)
+        right_half = _half_scale(scale_ptr, (first_i + left + 1) // SCALE_SIZE, left < columns_left)
+        return (limit_bits(left_half, dtype) | limit_bits(right_half, dtype) << 16)[None, :]
+    else:
+        columns = tl.arange(0, BLOCK_I)
+        return _half_scale(scale_ptr, (first_i + columns) // SCALE_SIZE, columns < columns_left)[None, :]
+
+
+@triton.jit
+def _half_scale(scale_ptr, offs, mask):
     # Past L1: another program of the same launch may have written it (triton_one_launch.py).
-    return 0.5 * tl.load(scale_ptr + offs // SCALE_SIZE, mask=mask, other=0.0, cache_modifier=".cg")
+    if mask is None:
+        return 0.5 * tl.load(scale_ptr + offs, cache_modifier=".cg")
+    else:
+        return 0.5 * tl.load(scale_ptr + offs, mask=mask, other=0.0, cache_modifier=".cg")
 
 
 @triton.jit
-def _write_row(w, half_scale, rows_ptr, mask, word, ARE_FLOAT8: tl.constexpr):
-    """Write the codes of one row of four, and move them into ``word`` as its highest byte."""
-    w = w.to(tl.float32)
-    # The highest byte is the e4m3 number 1.0, or 2.0 (whose two highest bits are the integer), with the sign of w.
-    ONE: tl.constexpr = 0x38000000 if ARE_FLOAT8 else 0x40000000
-    bits = tl.where(tl.abs(w) > half_scale, (w.to(tl.int32, bitcast=True) & -0x80000000) | ONE, 0)
-    tl.store(rows_ptr, (bits >> (24 if ARE_FLOAT8 else 30)).to(tl.int8), mask=mask, eviction_policy="evict_first")
-    return ((word >> 8) & 0x00FFFFFF) | bits
-
-
-@triton.jit
-def _count_bytes(flags):
-    """How many of the four bytes of ``flags`` are 1; the others are 0."""
-    return (flags * 0x01010101) >> 24
+def _sum_of_halves(words):
+    return tl.sum((words & 0xFFFF) + (words >> 16)).to(tl.int32)
