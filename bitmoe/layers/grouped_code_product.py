@@ -17,11 +17,11 @@ from bitmoe_kernels.grouped_ternary_gemm import (
     grouped_matmul,
     grouped_outer,
     grouped_quantize_grad,
+    grouped_quantize_token_grad,
     grouped_scaled_code_matmul,
     grouped_weight_grad,
 )
 from bitmoe_kernels.relu2_glu import relu2_glu_quantize_backward, relu2_glu_quantize_backward_codes
-from bitmoe_kernels.ternary_gemm import quantize_grad
 
 # Shapes: R = rows (token copies) sorted by local expert, E = local experts, I = inputs, O = outputs,
 #         G = groups of inputs, F = inner features of an expert.
@@ -120,7 +120,7 @@ def spread_gradients(
     x_scale_RG: torch.Tensor,
     weight: WeightOperands,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """8-bit ``grouped_gradients`` where all rows of a token have its gradient: rounded once a token, then copied.
+    """8-bit ``grouped_gradients`` where all rows of a token have its gradient: rounded once a token.
 
     Args:
         dy_TO: gradient of the sum of each token's rows.
@@ -129,10 +129,9 @@ def spread_gradients(
         x_scale_RG: their scales.
         weight: codes, transposed ones too, and a scale for each group of inputs [E, G].
     """
-    dtype, grad = dy_TO.dtype, quantize_grad(dy_TO)
-    rows = GroupedQuantizedGrad(dispatch.spread(grad.codes_TO), dispatch.spread(grad.scale_T1))
-    dx_RI = grouped_input_grad(rows, weight.columns, weight.scale, dispatch.ends_E)
-    return dx_RI.to(dtype), _int8_inputs_weight_grad(dy_TO, x_codes_RI, x_scale_RG, dispatch.ends_E, dispatch)
+    grad = grouped_quantize_token_grad(dy_TO, dispatch.row_TK)
+    dx_RI = grouped_input_grad(grad, weight.columns, weight.scale, dispatch.ends_E)
+    return dx_RI.to(dy_TO.dtype), _int8_inputs_weight_grad(dy_TO, x_codes_RI, x_scale_RG, dispatch.ends_E, dispatch)
 
 
 class ActivatedGradients(NamedTuple):

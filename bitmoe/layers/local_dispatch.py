@@ -15,7 +15,8 @@ class LocalDispatch:
     """Copies tokens for their experts (``send``), adds outputs (``combine``) and gradients (``send_back``).
 
     ``ends_E`` (int32 [E], rows of this expert and of those in front of it), ``expert_R`` and ``source_R`` (int32 [R],
-    the expert and the token of each row) lie on the device of the map.
+    the expert and the token of each row) and ``row_TK`` (int32 [T, K], the rows of each token) lie on the device of the
+    map.
 
     Args:
         routing_map_TE: which experts each token goes to, bool [T, E]; exactly ``topk`` each.
@@ -24,7 +25,7 @@ class LocalDispatch:
 
     def __init__(self, routing_map_TE: torch.Tensor, topk: int):
         self._plan = plan_rows(routing_map_TE, topk)
-        self.ends_E, self.expert_R, self.source_R = self._plan.ends_E, self._plan.expert_R, self._plan.source_R
+        self.source_R, self.row_TK, self.expert_R, self.ends_E = self._plan
 
     def send(
         self, x_TH: torch.Tensor, scale_T1: torch.Tensor, probs_TE: torch.Tensor

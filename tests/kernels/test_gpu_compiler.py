@@ -119,6 +119,7 @@ def products(hidden, ffn, groups, heads, dtype):
     for expert_ends, scales in ((None, torch.ones(ffn)), (ends, torch.ones(NUM_EXPERTS, ffn))):
         quantize_grad(dy, scales, one, expert_ends)
         quantize_grad(dy, None, None, expert_ends)
+    quantize_grad(dy, None, None, None, torch.zeros(TOKENS, 2, dtype=torch.int32))
     unpack_codes_triton(pack_codes_triton(x8, "int4"), ffn, "int4", FLOAT8)
 
 

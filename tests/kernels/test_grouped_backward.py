@@ -8,6 +8,7 @@ from bitmoe_kernels.grouped_ternary_gemm import (
     float8_matmul,
     grouped_input_grad,
     grouped_quantize_grad,
+    grouped_quantize_token_grad,
     grouped_weight_grad,
 )
 from bitmoe_kernels.grouped_ternary_gemm.reference import (
@@ -19,7 +20,7 @@ from bitmoe_kernels.grouped_ternary_gemm.reference import (
     padded_ends_reference,
     padded_rows,
 )
-from bitmoe_kernels.ternary_gemm import transpose_codes
+from bitmoe_kernels.ternary_gemm import quantize_grad, transpose_codes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TILE = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
@@ -260,6 +261,25 @@ def test_rows_may_have_the_codes_of_tokens():
         grouped_weight_grad(grad, tokens, None, ends(counts))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("tokens", "topk", "outputs"), [(41, 3, 140), (5, 1, 33), (300, 6, 2048), (0, 2, 16)])
+@pytest.mark.usefixtures("poison")
+def test_the_gradient_that_rows_share_is_rounded_once_a_token(tokens, topk, outputs, dtype):
+    """By the operator and by Triton's kernel: every row has the codes and the scale of its token."""
+    triton_grad = pytest.importorskip("bitmoe_kernels.ternary_gemm.triton_grad")
+    dy = (random(tokens, outputs) * torch.logspace(-9, 2, tokens, device=DEVICE)[:, None]).to(dtype)
+    dy[4:5, 3] = float("nan")
+    rows = torch.randperm(tokens * topk, generator=torch.Generator().manual_seed(2)).int()
+    row_TK = rows.view(tokens, topk).to(DEVICE)
+    codes_TO, scale_T1, *_ = quantize_grad(dy)
+    for grad in (grouped_quantize_token_grad(dy, row_TK), triton_grad.quantize_grad(dy, None, None, None, row_TK)):
+        assert grad[0].shape == (tokens * topk, outputs)
+        for copy in range(topk):
+            row_T = row_TK[:, copy].long()
+            assert torch.equal(grad[0].view(torch.int8)[row_T], codes_TO.view(torch.int8))
+            assert torch.equal(grad[1].view(torch.int32)[row_T], scale_T1.view(torch.int32))
+
+
 def test_no_row_gives_no_gradient():
     none = ends([0, 0, 0])
     grad = grouped_quantize_grad(random(0, 32), none, None, random(0, 1))
@@ -281,6 +301,10 @@ def test_backward_refuses():
         grouped_quantize_grad(dy, end, None, ones[:3])
     with pytest.raises(ValueError, match=r"it must be \[2, 8\]"):
         grouped_quantize_grad(dy, end, torch.ones(8, device=DEVICE))
+    with pytest.raises(TypeError, match="rows must be int32"):
+        grouped_quantize_token_grad(dy, end.long()[:, None])
+    with pytest.raises(ValueError, match=r"dy \[4, 8\] and rows \[2, 1\] must be \[T, O\] and \[T, K\]"):
+        grouped_quantize_token_grad(dy, end[:, None])
     grad = grouped_quantize_grad(dy, end, None, ones)
     with pytest.raises(TypeError, match="w_codes must be float8_e4m3fn"):
         grouped_input_grad(grad, codes(2, 16, 16, low=-1, high=1), None, end)

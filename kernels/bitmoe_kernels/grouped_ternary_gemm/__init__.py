@@ -5,6 +5,7 @@ from bitmoe_kernels.grouped_ternary_gemm.backward import (
     grouped_input_grad,
     grouped_int8_weight_grad,
     grouped_quantize_grad,
+    grouped_quantize_token_grad,
     grouped_weight_grad,
 )
 from bitmoe_kernels.grouped_ternary_gemm.op import (
@@ -23,6 +24,7 @@ __all__ = [
     "grouped_matmul",
     "grouped_outer",
     "grouped_quantize_grad",
+    "grouped_quantize_token_grad",
     "grouped_scaled_code_matmul",
     "grouped_weight_grad",
     "multiplies_without_wait",

@@ -24,7 +24,13 @@ from bitmoe_kernels.grouped_ternary_gemm.reference import (
 )
 from bitmoe_kernels.ternary_gemm.backward import FLOAT8, check_int8_codes
 from bitmoe_kernels.ternary_gemm.op import rows_contiguous
-from bitmoe_kernels.ternary_gemm.reference import CHUNK, LARGEST_SHIFT, pad_last, padded_length
+from bitmoe_kernels.ternary_gemm.reference import (
+    CHUNK,
+    LARGEST_SHIFT,
+    pad_last,
+    padded_length,
+    quantize_grad_reference,
+)
 from bitmoe_kernels.validation import check_features, check_groups
 
 # Shapes: R = rows sorted by expert, E = experts, I = inputs, O = outputs of the linear, G = groups of inputs,
@@ -73,6 +79,35 @@ def grouped_quantize_grad(
     from bitmoe_kernels.ternary_gemm import triton_grad
 
     return GroupedQuantizedGrad(*triton_grad.quantize_grad(dy_RO, w_scale_EO, x_scale_R1, ends_E))
+
+
+@torch.no_grad()
+def grouped_quantize_token_grad(dy_TO: torch.Tensor, row_TK: torch.Tensor) -> GroupedQuantizedGrad:
+    """Round the gradient that all rows of a token share, once a token, for :func:`grouped_input_grad`.
+
+    Args:
+        dy_TO: [T, O], bf16, fp16 or fp32.
+        row_TK: int32 [T, K], the rows that are copies of each token; each of 0 to T * K - 1 once. Not checked: looking
+            would make a GPU wait.
+
+    Returns:
+        What :func:`grouped_quantize_grad` gives for the rows: codes [R, O] and scale [R, 1].
+
+    Raises:
+        TypeError: ``dy_TO`` not floating point, or rows that are not int32.
+        ValueError: shapes that do not fit.
+    """
+    check_features(dy_TO, "dy")
+    if row_TK.dtype != torch.int32:
+        raise TypeError(f"rows must be int32, got {row_TK.dtype}")
+    if dy_TO.dim() != 2 or row_TK.dim() != 2 or len(row_TK) != len(dy_TO):
+        raise ValueError(f"dy {list(dy_TO.shape)} and rows {list(row_TK.shape)} must be [T, O] and [T, K]")
+    if runs_triton_by_row(dy_TO):
+        from bitmoe_kernels.ternary_gemm import triton_grad
+
+        return GroupedQuantizedGrad(*triton_grad.quantize_grad(dy_TO, None, None, None, row_TK))
+    source_R = row_TK.flatten().argsort() // row_TK.shape[1]
+    return GroupedQuantizedGrad(*(rows_of_tokens(x, source_R) for x in quantize_grad_reference(dy_TO, None, None)))
 
 
 def _check_grad(dy_RO: torch.Tensor, ends_E: torch.Tensor, w_scale_EO, x_scale_R1) -> None:

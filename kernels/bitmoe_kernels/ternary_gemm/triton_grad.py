@@ -2,7 +2,8 @@
 
 What      Whole rows of dY in registers (the tiles of ``act_quant``), so that it is read once; also for rows sorted by
           expert.
-Contract  dY bf16, fp16 or fp32, scales fp32, codes e4m3; rows past ``ends_E[-1]`` are neither read nor written.
+Contract  dY bf16, fp16 or fp32, scales fp32, codes e4m3; rows past ``ends_E[-1]`` are neither read nor written. With
+          ``row_TK`` a token's codes and scale go to all rows that are copies of it: one launch instead of three.
 Numerics  the bits of reference.py.
 Not here  checks and dispatch (backward.py), columns (triton_columns.py).
 """
@@ -22,7 +23,7 @@ from bitmoe_kernels.act_quant.triton_kernels import (
 )
 from bitmoe_kernels.ternary_gemm.reference import E4M3_LEVELS, LARGEST_SHIFT, MIN_ABSMAX, MIN_POWER
 
-# Shapes: T = tokens or rows sorted by expert, O = outputs, E = experts.
+# Shapes: T = tokens or rows sorted by expert, K = copies of each token, O = outputs, E = experts.
 
 _LEVELS = tl.constexpr(E4M3_LEVELS)
 _MIN_ABSMAX = tl.constexpr(MIN_ABSMAX)
@@ -90,6 +91,7 @@ def _quantize_grad_kernel(
     w_scale_ptr,
     x_scale_ptr,
     ends_ptr,
+    row_ptr,
     codes_ptr,
     scale_ptr,
     power_ptr,
@@ -98,6 +100,7 @@ def _quantize_grad_kernel(
     num_experts,
     NUM_OUTPUTS: tl.constexpr,
     EXPERTS: tl.constexpr,
+    COPIES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_FEATURES: tl.constexpr,
 ):
@@ -120,8 +123,15 @@ def _quantize_grad_kernel(
         scale, reciprocal, power = power_scale(absmax, tl.load(x_scale_ptr + rows, mask=mask_rows, other=1.0))
         tl.store(power_ptr + rows, power, mask=mask_rows)
         tl.atomic_max(largest_ptr + expert, power, mask=mask_rows, sem="relaxed")
-    tl.store(scale_ptr + rows, scale, mask=mask_rows)
-    store_row_codes(codes_ptr + offs, e4m3_bytes(dy * reciprocal[:, None]), scale, mask)
+    codes = e4m3_bytes(dy * reciprocal[:, None])
+    for copy in tl.static_range(COPIES):
+        if row_ptr is not None:
+            row = tl.load(row_ptr + rows * COPIES + copy, mask=mask_rows, other=0).to(tl.int64)
+            offs = row[:, None] * NUM_OUTPUTS + tl.arange(0, BLOCK_FEATURES)[None, :]
+        else:
+            row = rows
+        tl.store(scale_ptr + row, scale, mask=mask_rows)
+        store_row_codes(codes_ptr + offs, codes, scale, mask)
 
 
 def quantize_grad(
@@ -129,15 +139,18 @@ def quantize_grad(
     w_scale: torch.Tensor | None,
     x_scale_T1: torch.Tensor | None,
     ends_E: torch.Tensor | None,
+    row_TK: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """Codes e4m3 [T, O] and scale [T, 1] of dY times ``w_scale``, [O] or (``ends_E`` says whose rows they are) [E, O].
 
-    With ``x_scale_T1`` also the powers [T, 1] and the largest of each expert [E], or of all [1].
+    With ``x_scale_T1`` also the powers [T, 1] and the largest of each expert [E], or of all [1]. With int32 ``row_TK``
+    codes and scale are written to these rows, of T * K.
     """
     dy_TO = dy_TO.contiguous()
-    num_rows, num_outputs = dy_TO.shape
-    codes_TO = torch.empty(num_rows, num_outputs, dtype=torch.int8, device=dy_TO.device)
-    scale_T1, power_T1, largest = torch.empty(num_rows, 1, dtype=torch.float32, device=dy_TO.device), None, None
+    (num_rows, num_outputs), copies = dy_TO.shape, 1 if row_TK is None else row_TK.shape[1]
+    codes_TO = torch.empty(num_rows * copies, num_outputs, dtype=torch.int8, device=dy_TO.device)
+    scale_T1 = torch.empty(num_rows * copies, 1, dtype=torch.float32, device=dy_TO.device)
+    power_T1, largest = None, None
     num_experts = 0 if ends_E is None else len(ends_E)
     if x_scale_T1 is not None:
         x_scale_T1, power_T1 = x_scale_T1.contiguous(), torch.empty_like(scale_T1)
@@ -150,6 +163,7 @@ def quantize_grad(
                 None if w_scale is None else w_scale.contiguous(),
                 x_scale_T1,
                 ends_E,
+                None if row_TK is None else row_TK.contiguous(),
                 codes_TO,
                 scale_T1,
                 power_T1,
@@ -158,6 +172,7 @@ def quantize_grad(
                 num_experts,
                 NUM_OUTPUTS=num_outputs,
                 EXPERTS=None if ends_E is None else triton.next_power_of_2(num_experts),
+                COPIES=copies,
                 **tile,
             )
     grad = codes_TO.view(torch.float8_e4m3fn), scale_T1
