@@ -117,9 +117,14 @@ def test_triton_rms_norm_equals_reference(kernels, triton_device, num_format, dt
 @each_format
 @each_dtype
 @each_gain_dtype
-@pytest.mark.parametrize(("groups", "keep"), [(1, 1.0), (1, 0.5), (5, 0.3)])
-def test_triton_sub_norm_equals_reference(kernels, triton_device, num_format, dtype, gain_dtype, groups, keep):
-    x_TD, gain_D = gaussian(7, 105, dtype=dtype) * 3, gain(105, gain_dtype)
+@pytest.mark.parametrize(
+    ("num_features", "groups", "keep"), [(105, 1, 1.0), (105, 1, 0.5), (105, 5, 0.3), (105, 5, 1.0), (2210, 2, 1.0)]
+)
+def test_triton_sub_norm_equals_reference(
+    kernels, triton_device, num_format, dtype, gain_dtype, num_features, groups, keep
+):
+    """In one piece or, 1,105 features a group, in three."""
+    x_TD, gain_D = gaussian(7, num_features, dtype=dtype) * 3, gain(num_features, gain_dtype)
     result = kernels.norm_quantize_triton(
         x_TD.to(triton_device), gain_D.to(triton_device), EPS, num_format, True, groups, keep
     )
