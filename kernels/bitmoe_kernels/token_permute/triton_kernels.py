@@ -6,7 +6,7 @@ Contract  maps [T, E] of less than 2**31 pairs; sums: bf16, fp16 or fp32; else a
 Tiling    a program takes whole tokens (or, in a long row, 2,048 features of one): x is read once, K rows are
           written or read once, in loads of 16 bytes a thread where rows are multiples of that. Permuting row by row
           would read each token K times. The plan and gradients of probabilities: 4,096 pairs of token and expert a
-          program; the plan after a running count by torch over the transposed map: 18 bytes a pair, little beside rows.
+          program; the plan in two launches, torch's running count of the blocks' counts between them: 2 bytes a pair.
 Not here  fp64, argument checks and dispatch (op.py).
 """
 
@@ -36,19 +36,14 @@ def plan_rows_triton(routing_map_TE: torch.Tensor, topk: int) -> RowPlan:
     source_R, row_R, expert_R, ends_E = memory.split([num_rows, num_rows, num_rows, num_experts])
     plan = RowPlan(source_R, row_R.view(num_tokens, topk), expert_R, ends_E)
     if num_tokens:
-        map_ET = routing_map_TE.T.to(torch.int32, memory_format=torch.contiguous_format)
         tile = _pair_tile(num_experts)
-        with torch.cuda.device_of(routing_map_TE):
-            _plan_kernel[(triton.cdiv(num_tokens, tile["BLOCK_TOKENS"]),)](
-                routing_map_TE.contiguous().view(torch.uint8),
-                map_ET.view(-1).cumsum(0, dtype=torch.int32),
-                *plan,
-                num_tokens,
-                num_rows,
-                num_experts,
-                topk,
-                **tile,
-            )
+        num_blocks = triton.cdiv(num_tokens, tile["BLOCK_TOKENS"])
+        map_TE = routing_map_TE.contiguous().view(torch.uint8)
+        counts = torch.empty(num_experts * num_blocks, dtype=torch.int32, device=device)
+        with torch.cuda.device_of(map_TE):
+            _count_kernel[(num_blocks,)](map_TE, counts, num_tokens, num_experts, **tile)
+            running = counts.cumsum(0, dtype=torch.int32)
+            _plan_kernel[(num_blocks,)](map_TE, running, *plan, num_tokens, num_rows, num_experts, topk, **tile)
     return plan
 
 
@@ -128,9 +123,35 @@ def _tiles(num_tokens: int, num_features: int) -> tuple[tuple[int, int], dict]:
 
 
 @triton.jit
-def _plan_kernel(
+def _routed_pairs(map_ptr, num_tokens, NUM_EXPERTS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BE: tl.constexpr):
+    """Tokens [BT, 1] and experts [1, BE] of this program, and whether each goes to each, 0 or 1 [BT, BE]."""
+    tokens = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)[:, None]
+    experts = tl.arange(0, BE)[None, :]
+    mask = (tokens < num_tokens) & (experts < NUM_EXPERTS)
+    is_routed = tl.load(map_ptr + tokens.to(tl.int64) * NUM_EXPERTS + experts, mask=mask, other=0) != 0
+    return tokens, experts, is_routed.to(tl.int32)
+
+
+@triton.jit
+def _count_kernel(
     map_ptr,
     count_ptr,
+    num_tokens,
+    NUM_EXPERTS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_EXPERTS: tl.constexpr,
+):
+    """How many tokens of a block go to each expert; experts before blocks."""
+    _, _, is_routed = _routed_pairs(map_ptr, num_tokens, NUM_EXPERTS, BLOCK_TOKENS, BLOCK_EXPERTS)
+    experts = tl.arange(0, BLOCK_EXPERTS)
+    count_ptrs = count_ptr + experts * tl.num_programs(0) + tl.program_id(0)
+    tl.store(count_ptrs, tl.sum(is_routed, 0), mask=experts < NUM_EXPERTS)
+
+
+@triton.jit
+def _plan_kernel(
+    map_ptr,
+    running_ptr,
     source_ptr,
     row_ptr,
     expert_ptr,
@@ -142,20 +163,19 @@ def _plan_kernel(
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_EXPERTS: tl.constexpr,
 ):
-    tokens = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)[:, None]
-    experts = tl.arange(0, BLOCK_EXPERTS)[None, :]
-    mask = (tokens < num_tokens) & (experts < NUM_EXPERTS)  # [BT, experts]
-    is_routed = (tl.load(map_ptr + tokens * NUM_EXPERTS + experts, mask=mask, other=0) != 0).to(tl.int32)
-    # Rows up to and with this one, experts before tokens.
-    rows = tl.load(count_ptr + experts * num_tokens + tokens, mask=mask, other=0) - 1
+    tokens, experts, is_routed = _routed_pairs(map_ptr, num_tokens, NUM_EXPERTS, BLOCK_TOKENS, BLOCK_EXPERTS)
+    num_blocks, mask_experts = tl.num_programs(0), experts < NUM_EXPERTS
+    # Rows up to and with this block's: those of this block are counted once more, one by one.
+    last = tl.load(running_ptr + experts * num_blocks + tl.program_id(0), mask=mask_experts, other=0)
+    rows = last - tl.sum(is_routed, 0, keep_dims=True) + tl.cumsum(is_routed, 0) - 1
     slots = tl.cumsum(is_routed, 1) - 1
-    mask = mask & (is_routed != 0) & (slots < TOPK) & (rows < num_rows)
+    mask = (is_routed != 0) & (slots < TOPK) & (rows < num_rows)
     tl.store(row_ptr + tokens * TOPK + slots, rows, mask=mask)
     tl.store(source_ptr + rows, tokens, mask=mask)
     tl.store(expert_ptr + rows, experts, mask=mask)
     if tl.program_id(0) == 0:
-        last = (experts + 1) * num_tokens - 1
-        tl.store(ends_ptr + experts, tl.load(count_ptr + last, mask=experts < NUM_EXPERTS), mask=experts < NUM_EXPERTS)
+        ends = tl.load(running_ptr + (experts + 1) * num_blocks - 1, mask=mask_experts)
+        tl.store(ends_ptr + experts, ends, mask=mask_experts)
 
 
 @triton.jit
