@@ -50,12 +50,15 @@ def test_each_number_of_a_pair_is_right(triton_device, make_pairs):
     _apply_kernel[grid](
         a_N.to(triton_device), b_N.to(triton_device), relu_N, larger_N, product_N, BLOCK=BLOCK, num_warps=2
     )
-    assert_same_numbers(relu_N, a_N.float().relu())
-    assert_same_numbers(larger_N, torch.maximum(a_N.float().abs(), b_N.float().abs()))
-    # By way of fp64, which holds every product: fp32 would round those below its smallest normal number twice.
-    assert_same_numbers(product_N, a_N.double() * b_N.double())
+    # A zero may have either sign: it is squared.
+    torch.testing.assert_close(relu_N.cpu(), a_N.relu(), rtol=0, atol=0, equal_nan=True)
+    assert_same_bits(larger_N, torch.maximum(a_N.abs(), b_N.abs()))
+    # Rounded once: a product has 16 bits at most, so one that fp32 cuts off below 2^-149 is far below bf16's 2^-133.
+    assert_same_bits(product_N, (a_N.float() * b_N.float()).to(torch.bfloat16))
 
 
-def assert_same_numbers(got_N: torch.Tensor, exact_N: torch.Tensor) -> None:
-    """``got_N`` is what ``exact_N`` rounds to; NaN where that is NaN, whichever."""
-    torch.testing.assert_close(got_N.cpu(), exact_N.to(torch.bfloat16), rtol=0, atol=0, equal_nan=True)
+def assert_same_bits(got_N: torch.Tensor, expected_N: torch.Tensor) -> None:
+    """The sign of zero, too; NaN where NaN is expected, whichever."""
+    got_N, is_number = got_N.cpu(), ~expected_N.isnan()
+    assert torch.equal(got_N.isnan(), ~is_number)
+    assert torch.equal(got_N[is_number].view(torch.int16), expected_N[is_number].view(torch.int16))

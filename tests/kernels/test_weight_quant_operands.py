@@ -27,7 +27,8 @@ from bitmoe_kernels.weight_quant.reference import (
 )
 
 E4M3 = torch.float8_e4m3fn
-# Shape, groups, axis: one weight, odd sizes, a scale a row, groups of either, experts, more than one tile.
+# Shape, groups, axis: one weight, odd sizes, a scale a row, groups of either, experts, more than one tile, groups of
+# whole tiles.
 CASES = [
     ((1, 1), 1, -2),
     ((17, 33), 1, -2),
@@ -37,6 +38,8 @@ CASES = [
     ((3, 17, 33), 17, -2),
     ((2, 80, 132), 4, -1),
     ((2, 2, 6, 8), 2, -2),
+    ((2, 128, 10), 2, -2),
+    ((192, 130), 3, -2),
 ]
 
 each_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -115,11 +118,12 @@ def test_operands_equal_reference(kernels, triton_device, dtype, shape, groups, 
 @pytest.mark.parametrize("former_dtype", [torch.int8, E4M3], ids=str)
 @pytest.mark.parametrize("with_columns", [False, True])
 @pytest.mark.parametrize("former_columns", [False, True])
+@pytest.mark.parametrize(("num_columns", "dtype"), [(33, torch.float32), (34, torch.bfloat16)], ids=str)
 def test_former_memory_is_used_again_where_it_fits(
-    kernels, triton_device, row_dtype, former_dtype, with_columns, former_columns
+    kernels, triton_device, row_dtype, former_dtype, with_columns, former_columns, num_columns, dtype
 ):
-    """Between stages types and layouts change; former codes are counted against all the same."""
-    old, new = gaussian(70, 33, seed=6), gaussian(70, 33, seed=7)
+    """Between stages types and layouts change; former codes are counted against all the same, in pairs or not."""
+    old, new = gaussian(70, num_columns, seed=6, dtype=dtype), gaussian(70, num_columns, seed=7, dtype=dtype)
     scale = torch.full((1,), 0.8)
     device_scale = scale.to(triton_device)
     former = kernels.ternary_operands_triton(old.to(triton_device), device_scale, -2, former_dtype, former_columns)[:2]
@@ -221,6 +225,16 @@ def test_a_nan_scale_or_weight_has_code_0(kernels, triton_device):
     assert wanted[0][0, 0] == 0
     assert not wanted[0][[1, 7]].any()
     assert wanted[0][2, 2] == -1
+
+
+def test_weights_that_no_word_holds(kernels, triton_device):
+    """Rows of even length at an odd place are not read in pairs."""
+    w_OI = gaussian(1 + 18 * 20, dtype=torch.bfloat16)[1:].view(18, 20)
+    device_w = gaussian(1 + 18 * 20, dtype=torch.bfloat16).to(triton_device)[1:].view(18, 20)
+    assert device_w.data_ptr() % 4 == 2
+    scale = torch.full((1,), 0.8)
+    wanted = ternary_operands_reference(w_OI, scale, -2, E4M3, True, None)
+    assert_same_bits(kernels.ternary_operands_triton(device_w, scale.to(triton_device), -2, E4M3, True), wanted)
 
 
 def test_strided_weights_and_no_expert(kernels, triton_device):

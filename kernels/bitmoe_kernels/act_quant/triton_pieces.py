@@ -25,7 +25,7 @@ def piece_tile(num_features: int, narrowest: int, most_pieces: int, elements_per
     """Launch constants of rows of ``num_features``.
 
     Args:
-        num_features: of a row.
+        num_features: of a row, at most ``dispatch.LONGEST_ROW``.
         narrowest: features of a piece, a power of two up to 512, unless the row is shorter or its pieces were too many.
         most_pieces: of a row; where more would be needed, they are wider.
         elements_per_thread: of a piece.

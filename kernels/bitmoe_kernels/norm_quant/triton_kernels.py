@@ -268,7 +268,7 @@ def _normalized_pieces(
     NUM_PIECES: tl.constexpr,
     BLOCK_FEATURES: tl.constexpr,
 ):
-    """Equation 1, fp32 [BR], and equation 2 or 3: pieces [BR, P] in the dtype of x."""
+    """Equation 1, fp32 [BR], and equation 2 or 3: pieces [BR, BF] in the dtype of x."""
     pieces, squares = (), ()
     for piece in tl.static_range(NUM_PIECES):
         pieces = pieces + (load_piece(x_ptrs, piece, NUM_FEATURES, BLOCK_FEATURES),)
@@ -311,7 +311,7 @@ def _normalized(x, rstd, gain, IS_SUB_NORM: tl.constexpr):
 def times_gain(unit, gain):
     """The last product of equation 3, rounded to the dtype of ``unit``."""
     if unit.dtype == tl.bfloat16 and gain.dtype == tl.bfloat16 and not IS_INTERPRETED:
-        # The same bits as by way of fp32, which holds such a product exactly: half an instruction instead of 3.5.
+        # The same bits as by way of fp32: half an instruction instead of 3.5.
         return tl.inline_asm_elementwise(
             "mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", [unit, gain], dtype=tl.bfloat16, is_pure=True, pack=2
         )

@@ -143,8 +143,8 @@ def quantize_grad(
 ) -> tuple[torch.Tensor, ...]:
     """Codes e4m3 [T, O] and scale [T, 1] of dY times ``w_scale``, [O] or (``ends_E`` says whose rows they are) [E, O].
 
-    With ``x_scale_T1`` also the powers [T, 1] and the largest of each expert [E], or of all [1]. With int32 ``row_TK``
-    codes and scale are written to these rows, of T * K.
+    With ``x_scale_T1`` also the powers [T, 1] and the largest of each expert [E], or of all [1]. With int32
+    ``row_TK``, which goes without ``x_scale_T1`` and ``ends_E``, codes [T * K, O] and scale [T * K, 1] of these rows.
     """
     dy_TO = dy_TO.contiguous()
     (num_rows, num_outputs), copies = dy_TO.shape, 1 if row_TK is None else row_TK.shape[1]

@@ -77,7 +77,7 @@ def _quantize_columns_kernel(
     slot = tl.program_id(1)
     first, end, column, padded_end = slot * BLOCK_ROWS, num_rows, slot * BLOCK_ROWS, 4 * num_words
     if table_ptr is not None:
-        # All are under way before it is known whether the list has this slot: its memory has.
+        # Loaded before the check, to overlap with it: the table has memory for every slot.
         expert, first = tl.load(table_ptr + slot), tl.load(table_ptr + max_tiles + slot)
         end, column = tl.load(table_ptr + 2 * max_tiles + slot), tl.load(table_ptr + 3 * max_tiles + slot)
         if slot >= tl.load(count_ptr):

@@ -5,8 +5,8 @@ What      README eq. 1-5, equal to reference.py bit for bit. Deterministic: no a
 Contract  maps [T, E] of less than 2**31 pairs; sums: bf16, fp16 or fp32; else any dtype. All is made contiguous.
 Tiling    a program takes whole tokens (or, in a long row, 2,048 features of one): x is read once, K rows are
           written or read once, in loads of 16 bytes a thread where rows are multiples of that. Permuting row by row
-          would read each token K times. The plan and gradients of probabilities: 4,096 pairs of token and expert a
-          program; the plan in two launches, torch's running count of the blocks' counts between them: 2 bytes a pair.
+          would read each token K times. The plan and gradients of probabilities: up to 4,096 pairs of token and expert
+          a program; the plan in two launches, torch's running count of the blocks' counts between them: 2 bytes a pair.
 Not here  fp64, argument checks and dispatch (op.py).
 """
 
@@ -128,7 +128,7 @@ def _routed_pairs(map_ptr, num_tokens, NUM_EXPERTS: tl.constexpr, BLOCK_TOKENS: 
     tokens = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)[:, None]
     experts = tl.arange(0, BE)[None, :]
     mask = (tokens < num_tokens) & (experts < NUM_EXPERTS)
-    is_routed = tl.load(map_ptr + tokens.to(tl.int64) * NUM_EXPERTS + experts, mask=mask, other=0) != 0
+    is_routed = tl.load(map_ptr + tokens * NUM_EXPERTS + experts, mask=mask, other=0) != 0
     return tokens, experts, is_routed.to(tl.int32)
 
 
