@@ -228,10 +228,12 @@ def test_a_nan_scale_or_weight_has_code_0(kernels, triton_device):
 
 
 def test_weights_that_no_word_holds(kernels, triton_device):
-    """Rows of even length at an odd place are not read in pairs."""
+    """Rows of even length at an odd place are not read in pairs, which a GPU could not (the interpreter can)."""
     w_OI = gaussian(1 + 18 * 20, dtype=torch.bfloat16)[1:].view(18, 20)
     device_w = gaussian(1 + 18 * 20, dtype=torch.bfloat16).to(triton_device)[1:].view(18, 20)
-    assert device_w.data_ptr() % 4 == 2
+    for weights, is_paired in ((device_w, False), (device_w.clone(), True), (device_w[:, 1:], False)):
+        memory = kernels.operand_memory(weights, E4M3, False, None, False, kernels.OPERANDS_TILE)
+        assert memory.constants(weights)["IS_PAIRED"] == is_paired
     scale = torch.full((1,), 0.8)
     wanted = ternary_operands_reference(w_OI, scale, -2, E4M3, True, None)
     assert_same_bits(kernels.ternary_operands_triton(device_w, scale.to(triton_device), -2, E4M3, True), wanted)

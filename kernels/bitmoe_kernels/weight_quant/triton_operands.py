@@ -304,12 +304,12 @@ def _limits(
 ):
     """What magnitudes of the rows ``row`` of every four are compared with: words of limits for pairs, or scales / 2."""
     # One-dimensional loads: as [1, BLOCK_I] they made Triton change the layout of every tile.
-    if SCALES == "tile":
-        half = _half_scale(scale_ptr, first_o // SCALE_SIZE, None)
-        return limit_bits(half, dtype) * 0x10001 if IS_PAIRED else half
-    elif SCALES == "rows":
-        rows = row + 4 * tl.arange(0, BLOCK_O // 4)
-        half = _half_scale(scale_ptr, (first_o + rows) // SCALE_SIZE, rows < rows_left)[:, None]
+    if SCALES != "columns":
+        if SCALES == "tile":
+            half = _half_scale(scale_ptr, first_o // SCALE_SIZE, None)
+        else:
+            rows = row + 4 * tl.arange(0, BLOCK_O // 4)
+            half = _half_scale(scale_ptr, (first_o + rows) // SCALE_SIZE, rows < rows_left)[:, None]
         return limit_bits(half, dtype) * 0x10001 if IS_PAIRED else half
     elif IS_PAIRED:
         left = 2 * tl.arange(0, BLOCK_I // 2)
