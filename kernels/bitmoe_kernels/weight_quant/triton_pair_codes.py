@@ -1,7 +1,7 @@
 """Ternary codes of two neighbouring weights at a time, as the halves of a 32-bit word.
 
 What      Comparison of 16-bit weights with their limits, and the bytes that products take. With all that is loaded and
-          stored 8.5 instructions a weight (10 for int8 rows), where codes made one by one take 12.4 (13.1; sm_90).
+          stored 8.6 instructions a weight (10.1 for int8 rows), where codes made one by one take 12.4 (13.1; sm_90).
 Numerics  W / scale rounded half to even is above 1/2 exactly where |W| > scale / 2: rounding the quotient cannot cross
           from above 1/2 to 1/2, for |W| is then at least the next float after scale / 2. So no division. Floats are
           ordered as their bits are: |W| > scale / 2 where its bits are at least those of the smallest number of its
