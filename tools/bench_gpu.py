@@ -3,10 +3,13 @@
     PYTHONPATH=.:kernels python tools/bench_gpu.py --out bench.jsonl
     PYTHONPATH=.:kernels python tools/bench_gpu.py --only grouped,step    # what DEFAULT leaves out has to be named
 
-Each benchmark runs in a process of its own, so that none finds the memory or the clocks another left. Those of
-operators and of routed experts check their results before they time anything. Where one refuses, everything stops:
-no table is printed, because the others run the same operators. A benchmark that fails in another way, or loses one
-of its trainers, is named at the end and leaves the others alone; the exit status is then 1.
+First all of them run at once, untimed, for what they compile: Triton and torch keep that on disk, and one after the
+other they would compile for longer than they measure.
+
+Then each runs in a process of its own, so that none finds the memory or the clocks another left. Those of operators
+and of routed experts check their results before they time anything. Where one refuses, everything stops: no table is
+printed, because the others run the same operators. A benchmark that fails in another way, or loses one of its
+trainers, is named at the end and leaves the others alone; the exit status is then 1.
 """
 
 import argparse
@@ -45,16 +48,47 @@ BENCHMARKS = {
     ],
 }
 DEFAULT = ("quantizers", "linears", "moe", "layer", "step")
-"""Less than 8 minutes on an H200; compilation is most of it."""
+"""Less than 8 minutes on an H200."""
+
+ONE_LAYER = [["--layers", "1", "--warmup", "1", "--steps", "1"]]
+REHEARSALS = {"moe": [["--only", "8x("], ["--only", "64x("]], "step": ONE_LAYER, "step 8k": ONE_LAYER}
+"""How a benchmark is run to compile: in parts, or with one layer of many that are alike."""
+REHEARSAL = {"BENCH_REHEARSAL": "1"}
+"""Environment in which nothing is measured, as in kernels/bench/harness.py."""
+
+
+def rehearse(names: list[str]) -> None:
+    """Run benchmarks all at once and drop what they print. One that fails will compile when it is measured."""
+    print("== compiling what all of them run", flush=True)
+    start = time.perf_counter()
+    commands = [(name, [*BENCHMARKS[name], *extra]) for name in names for extra in REHEARSALS.get(name, [[]])]
+    processes = [(name, _start(command, subprocess.DEVNULL, REHEARSAL)) for name, command in commands]
+    try:
+        for name, process in processes:
+            status = process.wait()
+            print(f"   {name}: {time.perf_counter() - start:.0f} s, status {status}", flush=True)
+    finally:
+        for _, process in processes:
+            process.kill()
+
+
+def _start(command: list[str], output: int, environment: dict[str, str]) -> subprocess.Popen:
+    """Start one of the scripts."""
+    return subprocess.Popen(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def run(name: str, command: list[str]) -> tuple[int, list[str]]:
     """Run one benchmark, show what it prints, and return its status and its JSON lines."""
     print(f"== {name}: python {' '.join(command)}", flush=True)
     start, lines = time.perf_counter(), []
-    process = subprocess.Popen(
-        [sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    process = _start(command, subprocess.PIPE, {})
     for line in process.stdout:
         if is_json(line):
             lines.append(line)
@@ -85,6 +119,7 @@ def run_all(names: list[str], out: Path) -> int:
     part = out.with_name(f"{out.name}.part")
     part.unlink(missing_ok=True)
     start, failed, results = time.perf_counter(), [], []
+    rehearse(names)
     for name in names:
         status, lines = run(name, BENCHMARKS[name])
         if status == REFUSED:

@@ -134,6 +134,14 @@ def test_share_of_copy(bench):
     assert bench("quantizers").share_of_copy(8000, 4.0, 4000.0) == 0.5
 
 
+@pytest.mark.parametrize("is_rehearsal", [False, True])
+def test_a_rehearsal_measures_nothing(is_rehearsal, monkeypatch):
+    monkeypatch.setenv("BENCH_REHEARSAL", "1") if is_rehearsal else monkeypatch.delenv("BENCH_REHEARSAL", False)
+    command = [sys.executable, "-c", "import harness; print(harness.WARMUP, harness.REPEATS, harness.WARM_S > 0)"]
+    done = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == (["1", "1", "False"] if is_rehearsal else ["3", "15", "True"])
+
+
 @pytest.mark.gpu
 def test_time_of_a_pass(bench):
     harness = bench("harness")

@@ -71,9 +71,36 @@ def test_a_refusal_stops(bench_gpu, tmp_path, monkeypatch, capsys):
     assert [path.read_text() for path in tmp_path.glob("out*")] == ["of a former run"]
 
 
+REHEARSED = """
+import os, pathlib, sys, time
+is_rehearsal = os.environ.get("BENCH_REHEARSAL") == "1"
+print("not shown" if is_rehearsal else "measured")
+if is_rehearsal:
+    folder = pathlib.Path(__file__).parent
+    (folder / "-".join(["began", *sys.argv[1:]])).touch()
+    end = time.monotonic() + 20
+    while len(list(folder.glob("began*"))) < 3 and time.monotonic() < end:
+        time.sleep(0.01)
+    sys.exit(len(list(folder.glob("began*"))))
+"""
+
+
+def test_all_compile_at_once_before_one_is_measured(bench_gpu, tmp_path, monkeypatch, capsys):
+    command = script(tmp_path, "one", REHEARSED)
+    monkeypatch.setattr(bench_gpu, "BENCHMARKS", {"one": command, "two": command})
+    monkeypatch.setattr(bench_gpu, "REHEARSALS", {"two": [["a"], ["b"]]})
+    assert bench_gpu.run_all(["one", "two"], tmp_path / "out.jsonl") == 0
+    shown = capsys.readouterr().out
+    assert "not shown" not in shown
+    assert [line.split(":")[0].strip() for line in shown.splitlines()[1:4]] == ["one", "two", "two"]
+    assert all(line.endswith("status 3") for line in shown.splitlines()[1:4])
+    assert shown.count("measured") == 2
+
+
 def test_benchmarks_exist(bench_gpu):
     for script_path, *_ in bench_gpu.BENCHMARKS.values():
         assert (bench_gpu.ROOT / script_path).exists()
+    assert bench_gpu.REHEARSALS.keys() <= bench_gpu.BENCHMARKS.keys()
 
 
 @pytest.mark.parametrize("arguments", [["--only", "linear"], *([] if torch.cuda.is_available() else [[]])])

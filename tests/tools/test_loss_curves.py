@@ -107,6 +107,27 @@ def test_each_pair_of_jobs_is_a_comparison():
     assert len({run.name for run in runs}) == 8
 
 
+def test_runs_that_were_chosen(main, tmp_path, monkeypatch):
+    began = []
+
+    def stop(runs):
+        began.extend(runs)
+        raise InputError("far enough")
+
+    monkeypatch.setitem(main.__globals__, "_prepare_text", stop)
+    chosen = ["--only", "dense", "--variants", "a48-8bit,a48"]
+    assert main(["run", "--out", str(tmp_path), *chosen, "run.seed=777"]) == 2
+    assert [run.name for run in began] == ["dense-a48", "dense-a48-8bit"]
+    assert {compose(run.overrides).run.seed for run in began} == {777}
+
+
+@pytest.mark.parametrize(("option", "name"), [("--only", "large"), ("--variants", "fp16")])
+def test_unknown_names(main, option, name, capsys):
+    with pytest.raises(SystemExit):
+        main(["run", "--out", "nowhere", option, name])
+    assert f"'{name}' is none of " in capsys.readouterr().err
+
+
 def fake_trainings(folder, script, **options):
     """Trainings whose processes are a script that gets the run's name and its directory."""
     jobs = tool("jobs")

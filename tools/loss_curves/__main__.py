@@ -2,6 +2,7 @@
 
     python tools/loss_curves run --out runs/curves               # 8 runs, two at a time on one GPU
     python tools/loss_curves run --out runs/curves --only moe --jobs 1 optim.lr=6e-4
+    python tools/loss_curves run --out runs/third --only dense --variants a48,a48-8bit run.seed=777
     python tools/loss_curves plot runs/curves --out docs/loss-curves
 
 A dense model and a mixture of experts (experiments ``curves_dense`` and ``curves_moe``), each unquantized in bf16, as
@@ -15,9 +16,10 @@ and one that has finished is not run again. Checkpoints of finished runs are del
 import argparse
 import signal
 import sys
+from collections.abc import Callable, Collection
 from pathlib import Path
 
-from curve_runs import MODELS, SECOND_STAGE, CurveRun, all_runs
+from curve_runs import MODELS, SECOND_STAGE, VARIANTS, CurveRun, all_runs
 from figure import draw
 from jobs import Trainings, visible_gpus
 from pack import PACK_NAME, read_pack, write_pack
@@ -42,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
 def run(arguments: argparse.Namespace) -> int:
     """Train what is not yet trained; 1 if a run failed."""
     overrides = [f"run.steps={arguments.steps}", *arguments.overrides]
-    runs = all_runs(arguments.only, overrides, arguments.second_stage)
+    runs = all_runs(arguments.only, overrides, arguments.second_stage, arguments.variants)
     _prepare_text(runs)
     folder, pack = arguments.out, arguments.pack or arguments.out / PACK_NAME
     folder.mkdir(parents=True, exist_ok=True)
@@ -94,7 +96,8 @@ def _parser() -> argparse.ArgumentParser:
     add = commands.add_parser("run", help="train").add_argument
     add("overrides", nargs="*", metavar="KEY=VALUE", help="overrides of bitmoe pretrain's config, for all runs")
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the runs")
-    add("--only", type=_models, default=list(MODELS), metavar="NAMES", help=f"some of {','.join(MODELS)} (all)")
+    add("--only", type=_some_of(MODELS), default=list(MODELS), metavar="NAMES", help=_choices(MODELS))
+    add("--variants", type=_some_of(VARIANTS), default=list(VARIANTS), metavar="NAMES", help=_choices(VARIANTS))
     add("--jobs", type=_positive, default=2, help="runs at once, in turn on the visible GPUs (default: %(default)s)")
     add("--steps", type=_positive, default=1000, help="optimizer steps of each run (default: %(default)s)")
     stage = "where 4-bit inputs begin, as a share of the steps (default: %(default)s; the papers': 0.95)"
@@ -107,12 +110,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _models(text: str) -> list[str]:
-    names = text.split(",")
-    for name in names:
-        if name not in MODELS:
-            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(MODELS)}")
-    return names
+def _some_of(known: Collection[str]) -> Callable[[str], list[str]]:
+    """A parser of names between commas; the order is that of ``known``."""
+
+    def parse(text: str) -> list[str]:
+        names = text.split(",")
+        for name in names:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(known)}")
+        return [name for name in known if name in names]
+
+    return parse
+
+
+def _choices(known: Collection[str]) -> str:
+    return f"some of {','.join(known)} (all)"
 
 
 def _positive(text: str) -> int:

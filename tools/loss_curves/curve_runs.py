@@ -49,16 +49,20 @@ class CurveRun:
         return f"{self.model}-{self.variant}"
 
 
-def all_runs(models: Sequence[str], overrides: Sequence[str], second_stage: float) -> list[CurveRun]:
+def all_runs(
+    models: Sequence[str], overrides: Sequence[str], second_stage: float, variants: Sequence[str] = tuple(VARIANTS)
+) -> list[CurveRun]:
     """The runs of some models, in the order to start them: what a comparison needs most comes first.
 
     Args:
         models: keys of MODELS.
         overrides: of the config, for all runs; a variant's own win over them.
         second_stage: where 4-bit inputs begin, as ``quant.stages.1.start``.
+        variants: keys of VARIANTS.
     """
     runs = []
-    for name, variant in VARIANTS.items():
+    for name in variants:
+        variant = VARIANTS[name]
         stages = [f"quant.stages.1.start={second_stage}"] if variant.is_quantized else []
         for model in models:
             ours = (f"experiment={MODELS[model]}", *overrides, *variant.overrides, *stages)
