@@ -55,6 +55,9 @@ REHEARSALS = {"moe": [["--only", "8x("], ["--only", "64x("]], "step": ONE_LAYER,
 """How a benchmark is run to compile: in parts, or with one layer of many that are alike."""
 REHEARSAL = {"BENCH_REHEARSAL": "1"}
 """Environment in which nothing is measured, as in kernels/bench/harness.py."""
+ONE_CACHE = {"TRITON_CACHE_DIR": str(Path.home() / ".triton" / "cache")}
+"""Where Triton's kernels lie unless the user says otherwise. A process in which torch finds its own compiled code would
+look for them elsewhere than the one that compiled both."""
 
 
 def rehearse(names: list[str]) -> None:
@@ -77,7 +80,7 @@ def _start(command: list[str], output: int, environment: dict[str, str]) -> subp
     return subprocess.Popen(
         [sys.executable, *command],
         cwd=ROOT,
-        env={**os.environ, **environment},
+        env={**ONE_CACHE, **os.environ, **environment},
         stdout=output,
         stderr=subprocess.STDOUT,
         text=True,

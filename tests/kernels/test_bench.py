@@ -137,9 +137,14 @@ def test_share_of_copy(bench):
 @pytest.mark.parametrize("is_rehearsal", [False, True])
 def test_a_rehearsal_measures_nothing(is_rehearsal, monkeypatch):
     monkeypatch.setenv("BENCH_REHEARSAL", "1") if is_rehearsal else monkeypatch.delenv("BENCH_REHEARSAL", False)
-    command = [sys.executable, "-c", "import harness; print(harness.WARMUP, harness.REPEATS, harness.WARM_S > 0)"]
+    program = """
+        import torch._inductor.config
+        from harness import REPEATS, WARM_S, WARMUP
+        print(WARMUP, REPEATS, WARM_S > 0, torch._inductor.config.autotune_local_cache)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
     done = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == (["1", "1", "False"] if is_rehearsal else ["3", "15", "True"])
+    assert done.stdout.split() == (["1", "1", "False", "False"] if is_rehearsal else ["3", "15", "True", "True"])
 
 
 @pytest.mark.gpu

@@ -74,10 +74,10 @@ def test_a_refusal_stops(bench_gpu, tmp_path, monkeypatch, capsys):
 REHEARSED = """
 import os, pathlib, sys, time
 is_rehearsal = os.environ.get("BENCH_REHEARSAL") == "1"
-print("not shown" if is_rehearsal else "measured")
+print("not shown" if is_rehearsal else "measured with " + os.environ["TRITON_CACHE_DIR"])
 if is_rehearsal:
     folder = pathlib.Path(__file__).parent
-    (folder / "-".join(["began", *sys.argv[1:]])).touch()
+    (folder / "-".join(["began", *sys.argv[1:]])).write_text(os.environ["TRITON_CACHE_DIR"])
     end = time.monotonic() + 20
     while len(list(folder.glob("began*"))) < 3 and time.monotonic() < end:
         time.sleep(0.01)
@@ -94,7 +94,16 @@ def test_all_compile_at_once_before_one_is_measured(bench_gpu, tmp_path, monkeyp
     assert "not shown" not in shown
     assert [line.split(":")[0].strip() for line in shown.splitlines()[1:4]] == ["one", "two", "two"]
     assert all(line.endswith("status 3") for line in shown.splitlines()[1:4])
-    assert shown.count("measured") == 2
+    caches = {path.read_text() for path in tmp_path.glob("began*")}
+    assert [f"measured with {cache}" for cache in caches] * 2 == [
+        line for line in shown.splitlines() if "measu" in line
+    ]
+
+
+def test_the_users_cache_is_taken(bench_gpu, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_CACHE_DIR", "somewhere")
+    bench_gpu.run("one", script(tmp_path, "one", "import os; print(os.environ['TRITON_CACHE_DIR'])"))
+    assert "\nsomewhere\n" in capsys.readouterr().out
 
 
 def test_benchmarks_exist(bench_gpu):

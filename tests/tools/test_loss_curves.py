@@ -250,6 +250,46 @@ def test_plot_from_a_record(main, tmp_path, capsys):
     assert "a4.8, 8-bit backward" in capsys.readouterr().out
 
 
+def of_seed(seed, difference):
+    """The record of a seed: the second run is the first, changed by a constant."""
+    base, other = synthetic("dense", "a48"), synthetic("dense", "a48-8bit")
+    other.records = [
+        {**record, **{key: record[key] + difference for key in ("lm_loss", "val_loss") if key in record}}
+        for record in base.records
+    ]
+    for curve in (base, other):
+        curve.config["run"]["seed"] = seed
+    return [base, other]
+
+
+def test_seeds(main, tmp_path, capsys):
+    sources = []
+    for seed, difference in ((9, 0.03), (5, -0.06)):
+        sources.append(tmp_path / f"{seed}.jsonl")
+        sources[-1].write_text("".join(json.dumps(vars(curve)) + "\n" for curve in of_seed(seed, difference)))
+    assert main(["seeds", *map(str, sources), "--out", str(tmp_path / "seeds")]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in said[-3:]] == ["5", "9", "mean"]
+    assert [line.count("(-0.0600)") for line in said[-3:]] == [2, 0, 0]
+    assert said[-1].count("(-0.0150)") == 2
+    lines = [json.loads(line) for line in (tmp_path / "seeds.jsonl").read_text().splitlines()]
+    assert [(line["config"]["run.seed"], line["difference"]) for line in lines] == [
+        (9, None), (9, 0.03), (5, None), (5, -0.06),
+    ]  # fmt: skip
+    assert (tmp_path / "seeds.png").stat().st_size > 10_000
+
+
+def test_seeds_that_end_at_different_steps():
+    line = tool("curves").Line
+    found = tool("seeds").mean([line(np.array([1, 2, 4]), np.array([1.0, 2, 3])), line(np.array([2, 4]), np.ones(2))])
+    assert (found.steps_N.tolist(), found.values_N.tolist()) == ([2, 4], [1.5, 2.0])
+
+
+def test_seeds_need_both_backwards():
+    with pytest.raises(InputError, match="a48-8bit"):
+        tool("seeds").pairs_of([[synthetic("dense", "a48")]])
+
+
 def test_figure_of_what_there_is():
     figure = tool("figure").draw([synthetic("moe", "bf16", logged=60), synthetic("moe", "a48-8bit", logged=30)])
     top, bottom = figure.axes

@@ -4,10 +4,12 @@
     python tools/loss_curves run --out runs/curves --only moe --jobs 1 optim.lr=6e-4
     python tools/loss_curves run --out runs/third --only dense --variants a48,a48-8bit run.seed=777
     python tools/loss_curves plot runs/curves --out docs/loss-curves
+    python tools/loss_curves seeds runs/first runs/third ... --out docs/loss-seeds
 
 A dense model and a mixture of experts (experiments ``curves_dense`` and ``curves_moe``), each unquantized in bf16, as
 a4.8 with both backwards, and as a4.8 once more from another seed: what a seed changes is the measure for what a
-backward changes. ``run`` leaves the record of all runs in one file, which ``plot`` draws here or elsewhere.
+backward changes. ``run`` leaves the record of all runs in one file, which ``plot`` draws here or elsewhere;
+``seeds`` takes several records, each of another ``run.seed``, and draws the two backwards' differences and their mean.
 
 Runs are those of ``bitmoe pretrain``, in processes of their own. One that fails does not keep the others from running,
 and one that has finished is not run again. Checkpoints of finished runs are deleted.
@@ -22,7 +24,9 @@ from pathlib import Path
 from curve_runs import MODELS, SECOND_STAGE, VARIANTS, CurveRun, all_runs
 from figure import draw
 from jobs import Trainings, visible_gpus
-from pack import PACK_NAME, read_pack, write_pack
+from matplotlib.figure import Figure
+from pack import PACK_NAME, Curve, read_pack, write_pack
+from seeds import draw_seeds, pairs_of, seeds_table
 from summary import table, write_summaries
 
 from bitmoe.config.compose import compose
@@ -35,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run or plot; 1 if a run failed, 2 where the input is no good."""
     parsed = _parser().parse_args(arguments)
     try:
-        return run(parsed) if parsed.command == "run" else plot(parsed)
+        return {"run": run, "plot": plot, "seeds": seeds}[parsed.command](parsed)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -61,15 +65,32 @@ def run(arguments: argparse.Namespace) -> int:
 
 def plot(arguments: argparse.Namespace) -> int:
     """Draw the figure, write one line of JSON for each run, and print the table."""
-    source = arguments.source / PACK_NAME if arguments.source.is_dir() else arguments.source
-    curves = read_pack(source)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    picture, lines = (Path(f"{arguments.out}{ending}") for ending in (".png", ".jsonl"))
-    draw(curves).savefig(picture, dpi=150)
-    write_summaries(lines, curves)
+    curves = _record(arguments.source)
+    _write(arguments.out, draw(curves), curves)
     print(table(curves))
-    print(f"{picture} {lines}")
     return 0
+
+
+def seeds(arguments: argparse.Namespace) -> int:
+    """Draw the figure of several seeds, write one line of JSON for each run, and print the table."""
+    records = [_record(source) for source in arguments.sources]
+    pairs = pairs_of(records)
+    _write(arguments.out, draw_seeds(pairs), *records)
+    print(seeds_table(pairs))
+    return 0
+
+
+def _record(source: Path) -> list[Curve]:
+    return read_pack(source / PACK_NAME if source.is_dir() else source)
+
+
+def _write(prefix: Path, figure: Figure, *records: list[Curve]) -> None:
+    """PREFIX.png and PREFIX.jsonl."""
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    picture, lines = (Path(f"{prefix}{ending}") for ending in (".png", ".jsonl"))
+    figure.savefig(picture, dpi=150)
+    write_summaries(lines, *records)
+    print(f"{picture} {lines}")
 
 
 def _prepare_text(runs: list[CurveRun]) -> None:
@@ -106,7 +127,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--commit", metavar="NAME", help="what to record as commit where this is no git checkout")
     add = commands.add_parser("plot", help="draw").add_argument
     add("source", type=Path, help="folder of the runs, or their record")
-    add("--out", type=Path, required=True, metavar="PREFIX", help="writes PREFIX.png and PREFIX.jsonl")
+    prefix = "writes PREFIX.png and PREFIX.jsonl"
+    add("--out", type=Path, required=True, metavar="PREFIX", help=prefix)
+    add = commands.add_parser("seeds", help="draw the two backwards over several seeds").add_argument
+    add("sources", nargs="+", type=Path, help="folders of runs, or their records, each of another run.seed")
+    add("--out", type=Path, required=True, metavar="PREFIX", help=prefix)
     return parser
 
 

@@ -63,9 +63,9 @@ def _distance_text(distances: list[float]) -> str:
     return ", ".join(text.format(distance) for text, distance in zip(texts, distances, strict=False))
 
 
-def write_summaries(path: Path, curves: list[Curve]) -> None:
-    """One line of JSON for each run that has a loss."""
-    rows = [row for model in comparisons(curves).values() for row in model]
+def write_summaries(path: Path, *records: list[Curve]) -> None:
+    """One line of JSON for each run that has a loss, compared with one of its own record."""
+    rows = [row for curves in records for model in comparisons(curves).values() for row in model]
     replace_file(path, "".join(json.dumps(_summary(row)) + "\n" for row in rows).encode())
 
 
