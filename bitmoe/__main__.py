@@ -22,6 +22,7 @@ from bitmoe.config.help import command_help
 from bitmoe.config.locate import config_dir
 from bitmoe.config.schema import Config
 from bitmoe.config.validate import validate
+from bitmoe.train.imports import imports
 from bitmoe.train.status import BAD_INPUT, deliberate_end, write_ended
 
 FAULT, INTERRUPTED = 1, 130
@@ -75,8 +76,8 @@ def convert(config: ConvertConfig) -> int:
     from bitmoe.train.quiet import quiet_libraries
 
     quiet_libraries()
-    from bitmoe.convert.command import convert as convert_model
-
+    with imports():
+        from bitmoe.convert.command import convert as convert_model
     return convert_model(config)
 
 
@@ -86,8 +87,8 @@ def generate(config: GenerateConfig, prompt: str | None = None) -> int:
     from bitmoe.convert.packed_manifest import verify_if_packed
 
     verify_if_packed(Path(config.source))
-    from bitmoe.infer.generate import generate as continue_text
-
+    with imports():
+        from bitmoe.infer.generate import generate as continue_text
     return continue_text(config, prompt)
 
 
@@ -201,8 +202,8 @@ def _work(config: Config) -> int:
         from bitmoe.train.quiet import quiet_libraries
 
         quiet_libraries()
-        from bitmoe.train.pretrain import pretrain as train
-
+        with imports():
+            from bitmoe.train.pretrain import pretrain as train
         code = train(config)
     except InputError as error:
         code, message = BAD_INPUT, str(error)

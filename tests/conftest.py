@@ -6,6 +6,7 @@ mostly, to the other, which also takes the rest. A test that starts ranks in ano
 ``@pytest.mark.xdist_group("ranks")``.
 """
 
+import gc
 import os
 
 import pytest
@@ -13,6 +14,8 @@ import torch
 
 from bitmoe.testing.ranks import RankPool
 
+# Collecting tests imports all of them: see bitmoe.train.imports.
+gc.disable()
 # Read by the processes that tests start, and by datasets when test files import it.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -31,6 +34,11 @@ def pytest_collection_modifyitems(items):
         if "ranks" in item.fixturenames:
             is_small = item.path.parent.name in _MOSTLY_ONE_RANK
             item.add_marker(pytest.mark.xdist_group("one rank" if is_small else "ranks"))
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_runtest_setup(item):

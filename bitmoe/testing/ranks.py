@@ -35,6 +35,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from bitmoe.train.imports import imports
+
 START_TIMEOUT_S = 300.0
 
 
@@ -96,7 +98,11 @@ class RankPool:
                 with suppress(BrokenPipeError):
                     _send(connection, (module.__name__, getattr(module, "__file__", ""), fn.__name__))
                     _send(connection, args)
-            return self._collect(timeout_s)
+            results = self._collect(timeout_s)
+            for connection in self._connections:
+                with suppress(BrokenPipeError):
+                    _send(connection, "all have answered")
+            return results
         except BaseException:
             self.close()
             raise
@@ -192,10 +198,13 @@ def _serve(connection: Connection, rank: int, world_size: int, scratch: str) -> 
         for call in itertools.count():
             header = connection.recv()
             _answer(connection, _call, connection, f"file://{scratch}/store_{call}", *header)
+            connection.recv()
+            _leave_groups()
 
 
 def _import_torch() -> None:
-    import torch
+    with imports():
+        import torch
 
     torch.set_num_threads(1)
 
@@ -211,16 +220,33 @@ def _answer(connection: Connection, fn: Callable, *args: Any) -> None:
 def _call(connection: Connection, store: str, module_name: str, path: str, function: str) -> Any:
     import torch.distributed as dist
 
-    # The groups of the call before: all ranks have answered it, so nobody waits in one. Those of a layout
-    # take tens of threads and sockets, which would add up over a test suite.
-    if dist.is_initialized():
-        gc.collect()
-        dist.destroy_process_group()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
-    module = _load(module_name, Path(path))
+    with imports():
+        module = _load(module_name, Path(path))
     # Arguments come second: their classes may stand in the file just loaded.
     return getattr(module, function)(*connection.recv())
+
+
+def _leave_groups() -> None:
+    """Leave those of a call that all ranks have answered: nobody waits in one.
+
+    A layout's groups take tens of threads, which poll, and sockets. Kept until the next call, those of the pools of a
+    test suite took a third of two cores.
+    """
+    import torch.distributed as dist
+
+    if "megatron.core.models.gpt" in sys.modules:
+        from megatron.core import parallel_state
+        from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+        parallel_state.destroy_model_parallel()
+        # Its cache holds the last modules, and these their groups.
+        RotaryEmbedding.forward.cache_clear()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    # Models hold groups, and are cycles.
+    gc.collect()
 
 
 def _load(module_name: str, path: Path) -> ModuleType:

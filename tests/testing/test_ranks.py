@@ -10,6 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from bitmoe.config.choices import Precision
+from bitmoe.config.schema import Config, ContextConfig, ModelConfig, MoEConfig, RunConfig
+from bitmoe.testing.parity import first_step
 from bitmoe.testing.ranks import RankError, RankPool
 
 
@@ -91,6 +94,29 @@ def test_tests_with_ranks_share_a_worker(ranks, request):
 
 def test_function_of_an_importable_module(ranks):
     assert ranks(2).run(dist.get_rank) == [0, 1]
+
+
+def pid_and_threads(config):
+    """Of a rank that has trained a step in groups of a layout."""
+    first_step(config)
+    return os.getpid(), len(os.listdir("/proc/self/task"))
+
+
+def test_idle_ranks_are_in_no_group(ranks):
+    """Threads of groups poll, and those of a layout are many: none may be left, and none be added from call to call."""
+    model = ModelConfig(num_layers=1, hidden_size=16, num_attention_heads=2, ffn_hidden_size=16, vocab_size=11)
+    run = RunConfig(micro_batch_size=1, global_batch_size=2, precision=Precision.fp32)
+    config = Config(model=model, moe=MoEConfig(), context=ContextConfig(seq_length=4), run=run)
+    for _ in range(2):
+        working = ranks(2).run(pid_and_threads, config)
+        deadline = time.monotonic() + 30
+        while (idle := [len(os.listdir(f"/proc/{pid}/task")) for pid, _ in working]) and time.monotonic() < deadline:
+            if max(idle) < 15:
+                break
+            time.sleep(0.05)
+        assert min(threads for _, threads in working) > 40
+        # Some are torch's own; megatron-core keeps one group or two for itself.
+        assert max(idle) < 15
 
 
 def test_failures_name_the_rank_and_the_pool_recovers():

@@ -27,7 +27,9 @@ SMALL = [
     "run.global_batch_size=4",
     "run.eval_batches=2",
     "run.log_every=1",
+    "run.sample=null",
 ]
+SAMPLE = "run.sample='def '"
 
 
 def overrides(folder: Path, *more: str) -> list[str]:
@@ -65,7 +67,8 @@ def wait_for(condition, process: subprocess.Popen) -> None:
 def whole_run(tmp_path_factory) -> Path:
     """A run of 12 steps in one go, two ranks, through the stage switch at step 10."""
     folder = tmp_path_factory.mktemp("whole")
-    done = bitmoe(folder, "run.steps=12", "quant.stages.1.start=10", "run.eval_every=6", "run.checkpoint_every=6")
+    settings = ["run.steps=12", "quant.stages.1.start=10", "run.eval_every=6", "run.checkpoint_every=6"]
+    done = bitmoe(folder, *settings, SAMPLE)
     assert done.returncode == 0, done.stderr
     (folder / "stdout").write_text(done.stdout)
     return folder
@@ -141,7 +144,7 @@ def refuse(arguments: list[str]) -> str:
 def pretrain_quietly(arguments: list[str]) -> int:
     from bitmoe.train.pretrain import pretrain
 
-    return pretrain(compose([*arguments, "parallel=single", "run.sample=null"]))
+    return pretrain(compose([*arguments, "parallel=single"]))
 
 
 def test_pretrain_sets_a_record_without_checkpoint_aside(ranks, tmp_path):
@@ -156,7 +159,7 @@ def test_pretrain_sets_a_record_without_checkpoint_aside(ranks, tmp_path):
 def sample_of_a_virtual_pipeline(arguments: list[str]) -> int:
     from bitmoe.train.pretrain import pretrain
 
-    layout = ["parallel=pp2", "parallel.virtual_pipeline=2", "model.num_layers=4"]
+    layout = ["parallel=pp2", "parallel.virtual_pipeline=2", "model.num_layers=4", SAMPLE]
     return pretrain(compose([*arguments, *layout]))
 
 

@@ -27,6 +27,7 @@ from layouts import LAYOUTS, make_config, variants  # noqa: E402
 from table import HEAD, LEGEND, different_losses, line  # noqa: E402
 
 from bitmoe.config.errors import InputError  # noqa: E402
+from bitmoe.train.imports import imports  # noqa: E402
 from bitmoe.train.launcher import launch  # noqa: E402
 from bitmoe.train.quiet import quiet_libraries  # noqa: E402
 from bitmoe.train.run_dir import replace_file  # noqa: E402
@@ -38,7 +39,8 @@ def main() -> int:
     if arguments.rows_of:
         quiet_libraries()
         # Imports megatron-core, which is loud until here and takes seconds.
-        from rows import measure_layout
+        with imports():
+            from rows import measure_layout
 
         measure_layout(arguments.rows_of, arguments, arguments.rows)
         return 0

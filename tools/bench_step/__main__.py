@@ -20,6 +20,7 @@ from pathlib import Path
 
 from registry import TRAINERS
 
+from bitmoe.train.imports import imports
 from bitmoe.train.quiet import quiet_libraries
 
 # kernels/bench is no part of an installed bitmoe.
@@ -31,8 +32,8 @@ def main() -> int:
     arguments = _parse()
     quiet_libraries()
     # Imports megatron-core, which is loud until here and takes seconds.
-    from runs import run
-
+    with imports():
+        from runs import run
     return run(arguments)
 
 
