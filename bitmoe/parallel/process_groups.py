@@ -11,6 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from bitmoe.config.schema import ParallelConfig
@@ -115,5 +116,12 @@ def leave() -> None:
     """Wait for all ranks, then leave all process groups."""
     if dist.is_initialized():
         dist.barrier()
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+        leave_at_once()
+
+
+def leave_at_once() -> None:
+    """Leave all process groups, in which no rank may be waiting for this one any more."""
+    parallel_state.destroy_model_parallel()
+    # Its cache holds the last modules, and these their group.
+    RotaryEmbedding.forward.cache_clear()
+    dist.destroy_process_group()

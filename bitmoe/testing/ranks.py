@@ -236,14 +236,11 @@ def _leave_groups() -> None:
     """
     import torch.distributed as dist
 
-    if "megatron.core.models.gpt" in sys.modules:
-        from megatron.core import parallel_state
-        from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
-
-        parallel_state.destroy_model_parallel()
-        # Its cache holds the last modules, and these their groups.
-        RotaryEmbedding.forward.cache_clear()
-    if dist.is_initialized():
+    if not dist.is_initialized():
+        return
+    if ours := sys.modules.get("bitmoe.parallel.process_groups"):
+        ours.leave_at_once()
+    else:
         dist.destroy_process_group()
     # Models hold groups, and are cycles.
     gc.collect()
