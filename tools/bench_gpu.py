@@ -3,8 +3,8 @@
     PYTHONPATH=.:kernels python tools/bench_gpu.py --out bench.jsonl
     PYTHONPATH=.:kernels python tools/bench_gpu.py --only grouped,step    # what DEFAULT leaves out has to be named
 
-First all of them run at once, untimed, for what they compile: Triton and torch keep that on disk, and one after the
-other they would compile for longer than they measure.
+First all of them run at once, untimed, for what they compile: Triton and torch keep that on disk, and it would take
+minutes one after the other.
 
 Then each runs in a process of its own, so that none finds the memory or the clocks another left. Those of operators
 and of routed experts check their results before they time anything. Where one refuses, everything stops: no table is

@@ -231,8 +231,7 @@ def _call(connection: Connection, store: str, module_name: str, path: str, funct
 def _leave_groups() -> None:
     """Leave those of a call that all ranks have answered: nobody waits in one.
 
-    A layout's groups take tens of threads, which poll, and sockets. Kept until the next call, those of the pools of a
-    test suite took a third of two cores.
+    A layout's groups take tens of threads and sockets, and the threads poll: some 75 of two idle ranks took 6 % of a core.
     """
     import torch.distributed as dist
 
