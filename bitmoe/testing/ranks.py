@@ -231,7 +231,8 @@ def _call(connection: Connection, store: str, module_name: str, path: str, funct
 def _leave_groups() -> None:
     """Leave those of a call that all ranks have answered: nobody waits in one.
 
-    A layout's groups take tens of threads and sockets, and the threads poll: some 75 of two idle ranks took 6 % of a core.
+    A layout's groups take tens of threads and sockets, and the threads poll: with 75 each, two idle ranks took 6 % of a
+    core.
     """
     import torch.distributed as dist
 
